@@ -1,0 +1,51 @@
+"""What is asked for: problems, thresholds and units, multipliers, dual rules, domains, Pareto fronts. NumPy only."""
+
+from dualsweep.constraints.domains import Capped, DualDomain, NonNegative, Simplex, SumBelow, domain_from_dict
+from dualsweep.constraints.dual_rules import (
+    Ascent,
+    DualRule,
+    Fixed,
+    NuPI,
+    Resilient,
+    ResilientExplicit,
+    rule_from_config,
+)
+from dualsweep.constraints.feasibility import Certificate, certify
+from dualsweep.constraints.lagrangian import complementarity_residual, infeasibility, kkt_residual, lagrangian
+from dualsweep.constraints.multipliers import DualState
+from dualsweep.constraints.pareto import dominated, hypervolume, pareto_front
+from dualsweep.constraints.problem import UNITS, Constraint, Problem, resolved_threshold
+from dualsweep.constraints.threshold_grid import GridPoint, grid_point, grid_points
+
+__all__ = [
+    "UNITS",
+    "Ascent",
+    "Capped",
+    "Certificate",
+    "Constraint",
+    "DualDomain",
+    "DualRule",
+    "DualState",
+    "Fixed",
+    "GridPoint",
+    "NonNegative",
+    "NuPI",
+    "Problem",
+    "Resilient",
+    "ResilientExplicit",
+    "Simplex",
+    "SumBelow",
+    "certify",
+    "complementarity_residual",
+    "domain_from_dict",
+    "dominated",
+    "grid_point",
+    "grid_points",
+    "hypervolume",
+    "infeasibility",
+    "kkt_residual",
+    "lagrangian",
+    "pareto_front",
+    "resolved_threshold",
+    "rule_from_config",
+]

@@ -1,0 +1,129 @@
+"""Exact multipliers, shares and objectives of min KL(q||p) s.t. KL(q^i||p) <= epsilon_i, drawn beside the trace.
+
+Class restriction: q has mass ``prior[i]`` on class i and q^i is q restricted to it. At multipliers lambda the model
+is the mixture (q + sum_i lambda_i q^i) / (1 + sum lambda), so class i has share
+(prior_i + lambda_i) / (1 + sum lambda) and KL(q^i||p) = -log share. Arrays have one entry a
+constrained class; the rest of q is lumped. Source: methods.md H1.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dualsweep.constraints.checks import checked_number
+
+
+def class_restriction_multipliers(epsilon: ArrayLike, prior: ArrayLike) -> NDArray[np.float64]:
+    """The optimal multipliers; 0 where a constraint holds by itself.
+
+    With E and P the sums of e^-epsilon and prior over the active classes, ``e^-epsilon (1 - P) / (1 - E) - prior``.
+    A class is active if its prior, shrunk by what the others gain, falls below e^-epsilon: that can also happen to one
+    whose prior alone would be enough.
+
+    Args:
+        epsilon: thresholds in nats, each > 0 with sum of e^-epsilon < 1; ``-log(share)`` for a requested share.
+        prior: mass of each class in q, >= 0, sum <= 1.
+    Raises: ValueError on values out of range or thresholds that cannot hold together.
+    """
+    epsilon, prior = _checked(epsilon, prior)
+    shares = np.exp(-epsilon)
+    _check_attainable(shares, epsilon)
+    # lambda_i = max(0, share_i * total - prior_i) with total = 1 + sum lambda: class i is active where
+    # total > prior_i / share_i. Admit classes in that order until the next one holds by itself.
+    total = 1.0
+    active_share = active_prior = 0.0
+    for i in np.argsort(prior / shares, kind="stable"):
+        if total * shares[i] <= prior[i]:
+            break
+        active_share, active_prior = active_share + shares[i], active_prior + prior[i]
+        total = (1 - active_prior) / (1 - active_share)
+    return np.maximum(shares * total - prior, 0.0)
+
+
+def resilient_class_restriction_multipliers(
+    epsilon: ArrayLike, prior: ArrayLike, relaxation_cost: float | ArrayLike
+) -> NDArray[np.float64]:
+    """The multipliers where the resilient rules rest: ``-log share_i - epsilon_i = 2 alpha_i lambda_i``, or 0.
+
+    The relaxations there are ``2 * alpha * lambda``. Finite for every epsilon, also those nobody can meet.
+
+    Args:
+        epsilon: thresholds in nats, >= 0.
+        relaxation_cost: alpha > 0 of the cost u^2 / (4 alpha), one or one a class.
+    Returns: multipliers, solved to float64 round-off by bisection.
+    """
+    epsilon, prior = _checked(epsilon, prior)
+    values = np.atleast_1d(relaxation_cost)
+    cost = np.array([checked_number(v, field=f"relaxation_cost[{i}]", above=0) for i, v in enumerate(values.tolist())])
+    cost = np.broadcast_to(cost, prior.shape)
+
+    def at_total(total: float) -> NDArray[np.float64]:
+        """The lambda_i >= 0 with log(total / (prior_i + lambda_i)) - epsilon_i = 2 alpha_i lambda_i, or 0."""
+        low, high = np.zeros_like(prior), np.maximum(total * np.exp(-epsilon) - prior, 0.0)
+        for _ in range(200):
+            middle = (low + high) / 2
+            rising = np.log(total) - np.log(np.maximum(prior + middle, 1e-300)) - epsilon > 2 * cost * middle
+            low, high = np.where(rising, middle, low), np.where(rising, high, middle)
+        return (low + high) / 2
+
+    low = high = 1.0
+    while 1 + at_total(high).sum() > high:  # grows like log(total) / alpha, so the bracket closes
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if 1 + at_total(middle).sum() > middle else (low, middle)
+    return at_total((low + high) / 2)
+
+
+def class_restriction_shares(multipliers: ArrayLike, prior: ArrayLike) -> NDArray[np.float64]:
+    """Share of each constrained class in the mixture at these multipliers (any, not only optimal ones)."""
+    multipliers, prior = _checked_multipliers(multipliers, prior)
+    return (prior + multipliers) / (1 + multipliers.sum())
+
+
+def class_restriction_objective(multipliers: ArrayLike, prior: ArrayLike) -> float:
+    """KL(q||p) in nats of the mixture at these multipliers: what the requirement costs; 0 without constraints."""
+    multipliers, prior = _checked_multipliers(multipliers, prior)
+    shares = class_restriction_shares(multipliers, prior)
+    present = prior > 0
+    rest = max(1 - float(prior.sum()), 0.0)  # the untouched classes keep their proportions
+    inside = float(np.sum(prior[present] * np.log(prior[present] / shares[present])))
+    return inside + rest * float(np.log1p(multipliers.sum()))
+
+
+def disjoint_multipliers(epsilon: ArrayLike) -> NDArray[np.float64]:
+    """Optimal multipliers for constraint sets that overlap neither q nor each other: e^-eps_i / (1 - sum e^-eps_j).
+
+    Args:
+        epsilon: thresholds in nats; in loss units ``b_i - h(q^i)`` (threshold minus entropy).
+    Raises: ValueError if the sum of e^-epsilon reaches 1: no model meets them all.
+    """
+    epsilon, _ = _checked(epsilon, np.zeros(np.shape(epsilon)))
+    shares = np.exp(-epsilon)
+    _check_attainable(shares, epsilon)
+    return shares / (1 - shares.sum())
+
+
+def _check_attainable(shares: NDArray[np.float64], epsilon: NDArray[np.float64]) -> None:
+    if shares.sum() >= 1 - 1e-12:
+        raise ValueError(
+            f"epsilon={epsilon.tolist()}: shares e^-epsilon sum to {shares.sum():.6g}; raise it to get below 1"
+        )
+
+
+def _checked(epsilon: ArrayLike, prior: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    epsilon, prior = np.array(epsilon, dtype=np.float64), np.array(prior, dtype=np.float64)
+    if epsilon.ndim != 1 or epsilon.shape != prior.shape:
+        raise ValueError(f"shapes of epsilon and prior are {epsilon.shape}, {prior.shape}; give one entry a class")
+    if not (np.isfinite(epsilon).all() and (epsilon >= 0).all()):
+        raise ValueError(f"epsilon={epsilon.tolist()}: give finite thresholds >= 0 in nats")
+    if not ((prior >= 0).all() and prior.sum() <= 1 + 1e-9):  # NaN fails here too
+        raise ValueError(f"prior={prior.tolist()}: give masses >= 0 with sum <= 1")
+    return epsilon, prior
+
+
+def _checked_multipliers(multipliers: ArrayLike, prior: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Multipliers share the range of epsilon: finite and >= 0, one a class."""
+    multipliers = np.array(multipliers, dtype=np.float64)
+    if not (np.isfinite(multipliers).all() and (multipliers >= 0).all()):
+        raise ValueError(f"multipliers={multipliers.tolist()}: give finite multipliers >= 0")
+    return _checked(multipliers, prior)

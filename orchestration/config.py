@@ -1,0 +1,408 @@
+"""One YAML file a sweep: typed, complete and checked before anything starts.
+
+`load_config` turns a file and ``key.path=value`` overrides into a frozen `SweepConfig`; every mistake is a `ConfigError`
+that names the field by its full path, the value given and what to write instead.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import types
+import typing
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dualsweep.constraints import GridPoint, grid_points, rule_from_config
+from dualsweep.datasets import DatasetSpec
+
+STORAGE_VARIABLE = "DUALSWEEP_STORAGE"
+TRACKING_VARIABLE = "DUALSWEEP_TRACKING_URI"
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class ConfigError(ValueError):
+    """What a user gave is wrong; the message names field, value and remedy. The command line exits with code 2."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(_Section):
+    """The denoiser: a small U-Net for images, an MLP for vectors, or a diffusers folder to start from."""
+
+    kind: Literal["unet", "mlp"] = "unet"
+    channels: tuple[Count, ...] = (16, 32)
+    """Widths of the U-Net's levels, outermost first; multiples of norm_groups."""
+    layers_per_block: Count = 1
+    attention: tuple[bool, ...] | None = None
+    """One entry a level: self-attention there; default nowhere."""
+    norm_groups: Count = 8
+    width: Count = 128
+    """Hidden width of the MLP."""
+    depth: Count = 4
+    """Residual blocks of the MLP."""
+    pretrained: str | None = None
+    """A diffusers folder (or hub name) to continue from; skips `pretrain`."""
+    channels_last: bool = False
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> "ModelConfig":
+        if not self.channels:
+            raise ValueError("channels is empty: give at least one width, such as [16, 32]")
+        if self.attention is not None and len(self.attention) != len(self.channels):
+            raise ValueError(f"attention has {len(self.attention)} entries for {len(self.channels)} levels: give one a level")
+        bad = [c for c in self.channels if c % self.norm_groups]
+        if self.kind == "unet" and bad:
+            raise ValueError(f"channels {bad} are not multiples of norm_groups={self.norm_groups}")
+        return self
+
+
+class ScheduleConfig(_Section):
+    """Forward noising process, as diffusers' DDPMScheduler names it."""
+
+    kind: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    num_train_timesteps: Annotated[int, Field(ge=2, le=100_000)] = 1000
+    beta_start: Positive = 1e-4
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
+
+    @model_validator(mode="after")
+    def _increases(self) -> "ScheduleConfig":
+        if self.beta_end <= self.beta_start:
+            raise ValueError(f"beta_end={self.beta_end} must be larger than beta_start={self.beta_start}")
+        return self
+
+
+class OptimizerConfig(_Section):
+    """AdamW with linear warm-up and cosine decay; shared by the pretraining and the primal steps."""
+
+    steps: Count = 1000
+    batch_size: Count = 64
+    lr: Positive = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The cosine ends at this fraction of lr."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    grad_clip: Positive = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    num_shards: Annotated[int, Field(ge=1, le=1024)] = 4
+    """Logical shards of every stream's batch: the numbers drawn do not depend on how many workers share them."""
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> "OptimizerConfig":
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be smaller than steps={self.steps}")
+        return self
+
+
+class PrimalConfig(OptimizerConfig):
+    """Primal steps of one trial."""
+
+    constraint_batch_size: Count = 16
+    normalize: bool = True
+    """Divide the Lagrangian by 1 + sum of multipliers, so that the step size does not grow with them."""
+
+
+class DualConfig(_Section):
+    """The dual rule and how often it acts. Rule-specific fields are checked by the rule itself."""
+
+    rule: Literal["ascent", "resilient", "resilient_explicit", "nupi", "fixed"] = "ascent"
+    step_size: Positive | None = None
+    relaxation_cost: Positive | None = None
+    relaxation_step_size: Positive | None = None
+    proportional_gain: Annotated[float, Field(ge=0)] | None = None
+    nu: Annotated[float, Field(ge=0, lt=1)] | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+    start: Annotated[float, Field(ge=0)] = 0.0
+    """Multipliers a trial starts from."""
+    primal_steps_per_dual_step: Count = 20
+
+    def rule_config(self) -> dict[str, Any]:
+        rest = self.model_dump(exclude={"start", "primal_steps_per_dual_step"}, exclude_none=True)
+        return rest
+
+    @model_validator(mode="after")
+    def _rule_accepts(self) -> "DualConfig":
+        rule_from_config(self.rule_config())
+        return self
+
+
+class ShareConfig(_Section):
+    """How a share is measured at a dual step: samples of the current model, labelled by a classifier."""
+
+    num_samples: Count = 128
+    num_sampling_steps: Count = 10
+    window: Count = 2
+    """Dual steps whose samples are pooled into one estimate."""
+
+
+class ThresholdsConfig(_Section):
+    """What is swept: exactly one of grid, list, random, search. A `loss` threshold may be {factor: f} of the pretrained model's."""
+
+    unit: Literal["share", "loss"] = "share"
+    grid: dict[str, Any] | None = None
+    list: typing.List[dict[str, Any]] | None = None  # noqa: UP006  (`list` is the field's own name here)
+    random: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "ThresholdsConfig":
+        given = [k for k in ("grid", "list", "random", "search") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of grid, list, random, search; got {given or 'none'}")
+        return self
+
+    @property
+    def form(self) -> dict[str, Any]:
+        return self.model_dump(include={"grid", "list", "random", "search"}, exclude_none=True)
+
+
+class BaselinesConfig(_Section):
+    """Runs through the same code that the constrained points are compared with."""
+
+    unconstrained: bool = True
+    fixed_weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
+    """One run a value: every multiplier fixed at it."""
+
+
+class ComputeConfig(_Section):
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Ray Train workers a trial; 0 runs the loop inside the Tune actor."""
+    concurrent_trials: Count | Literal["auto"] = "auto"
+    cpus_per_worker: Count = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    placement_timeout_s: Positive = 120.0
+    """After this long without room for a worker group the sweep ends with an error."""
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """Restarts of one trial before it counts as failed."""
+
+
+class SchedulerConfig(_Section):
+    """Tune's trial scheduler; `asha` and `median` stop poor trials early."""
+
+    kind: Literal["fifo", "asha", "median"] = "fifo"
+    metric: Literal["lagrangian", "objective", "worst_violation", "kkt_residual"] = "lagrangian"
+    grace_dual_steps: Count = 5
+    reduction_factor: Annotated[int, Field(ge=2)] = 3
+
+
+class EvaluationConfig(_Section):
+    num_samples: Annotated[int, Field(ge=8)] = 1500
+    num_sampling_steps: Count = 20
+    noise_levels: Annotated[int, Field(ge=4)] = 32
+    """Points of the log-SNR grid of the likelihood-ratio estimate."""
+    batch_size: Count = 256
+    tolerance: Annotated[float, Field(ge=0)] = 0.1
+    """A constraint counts as held when its whole confidence interval lies below this (canonical unit; share: nats)."""
+    confidence: Fraction = 0.95
+    grid_samples: Annotated[int, Field(ge=1, le=400)] = 40
+
+
+class TrackingConfig(_Section):
+    uri: str | None = None
+    """MLflow tracking URI; default a SQLite file in the storage folder."""
+    experiment: str | None = None
+    """Default: the sweep's name."""
+
+
+class SweepConfig(_Section):
+    """A whole sweep."""
+
+    name: str
+    method: Literal["fairness"] = "fairness"
+    storage: str = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    data: DatasetSpec
+    model: ModelConfig = ModelConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    pretrain: OptimizerConfig = OptimizerConfig()
+    primal: PrimalConfig = PrimalConfig()
+    dual: DualConfig = DualConfig(rule="ascent", step_size=0.01)
+    share: ShareConfig = ShareConfig()
+    thresholds: ThresholdsConfig
+    baselines: BaselinesConfig = BaselinesConfig()
+    compute: ComputeConfig = ComputeConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    checkpoint_every_dual_steps: Count = 10
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "SweepConfig":
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
+            raise ValueError(f"name={self.name!r} is used as a folder name: use letters, digits, '.', '_' and '-' (at most 100)")
+        if self.primal.steps < self.dual.primal_steps_per_dual_step:
+            raise ValueError(
+                f"dual.primal_steps_per_dual_step={self.dual.primal_steps_per_dual_step} is larger than "
+                f"primal.steps={self.primal.steps}: no dual step would ever happen"
+            )
+        if self.data.minority is None:
+            raise ValueError("data.minority is missing: method fairness needs the classes that the constraints protect")
+        if self.model.kind == "unet" and self.data.dataset == "gaussian_mixture":
+            raise ValueError("model.kind=unet needs images: use model.kind=mlp with data.dataset=gaussian_mixture")
+        if self.model.kind == "mlp" and self.data.dataset != "gaussian_mixture":
+            raise ValueError("model.kind=mlp is for vectors: use model.kind=unet for images")
+        return self
+
+    @property
+    def experiment(self) -> str:
+        return self.tracking.experiment or self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values, complete: what `sweep.yaml` stores and `from_dict` reads back."""
+        return json.loads(self.model_dump_json())
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, source: str = "config") -> "SweepConfig":
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(_describe(error, source)) from None
+
+    def base_key(self) -> str:
+        """Identity of the pretrained model: sweeps that agree on these fields share it."""
+        parts = {k: v for k, v in self.to_dict().items() if k in ("data", "model", "schedule", "pretrain", "seed")}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = (), *, environment: bool = True) -> SweepConfig:
+    """Read, override and check one sweep file.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key.path=value`` strings; the value is read as YAML.
+        environment: let DUALSWEEP_STORAGE and DUALSWEEP_TRACKING_URI replace the file's values.
+    Raises: ConfigError naming field, value and remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give the path of a sweep's YAML file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of fields at the top, found {type(values).__name__}")
+    if environment:
+        if os.environ.get(STORAGE_VARIABLE):
+            values["storage"] = os.environ[STORAGE_VARIABLE]
+        if os.environ.get(TRACKING_VARIABLE):
+            _assign(values, ["tracking", "uri"], os.environ[TRACKING_VARIABLE], TRACKING_VARIABLE)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"override {override!r}: write it as key.path=value, such as primal.steps=200")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"override {override!r}: the value {text!r} is not readable as YAML; quote it") from None
+        _assign(values, key.strip().split("."), _as_number(value), override)
+    return SweepConfig.from_dict(_as_number(values), source=str(path))
+
+
+def _assign(values: dict, path: list[str], value: Any, source: str) -> None:
+    for key in path[:-1]:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {source!r}: {key} is {inner!r}, which has no fields inside")
+        values = inner
+    values[path[-1]] = value
+
+
+def _as_number(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-3`` as text; users mean the number."""
+    if isinstance(value, dict):
+        return {key: _as_number(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_as_number(inner) for inner in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def _describe(error: ValidationError, source: str) -> str:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "(whole file)"
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            known = _known_keys(item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
+            lines.append(f"{where}: unknown key; {hint}")
+        elif item["type"] in ("missing", "missing_argument"):
+            lines.append(f"{where}: missing; add this field")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = item["input"]
+            shown = "" if isinstance(given, dict) or is_dataclass(given) else f" (given: {given!r})"
+            lines.append(f"{where}: {message}{shown}" if item["loc"] else message)
+    return f"{source}: " + "; ".join(dict.fromkeys(lines))
+
+
+def _known_keys(location: tuple) -> list[str]:
+    """Field names at a place of the config, walking through models, dataclasses and optionals."""
+    at: Any = SweepConfig
+    for part in location:
+        if not isinstance(part, str):
+            continue
+        annotations = {n: f.annotation for n, f in at.model_fields.items()} if _is_model(at) else typing.get_type_hints(at)
+        if part not in annotations:
+            continue  # pydantic adds the union member's name to the path
+        at = _section_of(annotations[part]) or at
+    return list(at.model_fields) if _is_model(at) else [f.name for f in fields(at)]
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _section_of(annotation: Any) -> Any:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for option in typing.get_args(annotation):
+            if _section_of(option) is not None:
+                return _section_of(option)
+        return None
+    return annotation if _is_model(annotation) or is_dataclass(annotation) else None
+
+
+def sweep_points(config: SweepConfig, constraint_names: tuple[str, ...]) -> list[dict[str, Any]] | None:
+    """The trials of a sweep, in order: baselines first, then the grid; None from the grid part when Tune searches.
+
+    Returns: dictionaries with trial_id, label, kind, thresholds (user unit), fixed_weight (or None).
+    """
+    points: list[dict[str, Any]] = []
+    if config.baselines.unconstrained:
+        points.append(_point("unconstrained", "unconstrained", "unconstrained", {}))
+    grid = expand_grid(config, constraint_names)
+    for point in grid or []:
+        points.append(_point(point.id, point.label, "constrained", point.thresholds))
+    for weight in config.baselines.fixed_weights:
+        points.append(_point(f"fixed-{weight:g}", f"fixed weights {weight:g}", "fixed_weights", {}, weight))
+    return points
+
+
+def expand_grid(config: SweepConfig, constraint_names: tuple[str, ...]) -> list[GridPoint] | None:
+    unit = config.thresholds.unit
+    try:
+        return grid_points(config.thresholds.form, {"minority": constraint_names}, unit)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _point(trial_id: str, label: str, kind: str, thresholds: dict[str, float], weight: float | None = None) -> dict[str, Any]:
+    return {"trial_id": trial_id, "label": label, "kind": kind, "thresholds": thresholds, "fixed_weight": weight}
+
+
+def dataset_dict(spec: DatasetSpec) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(spec)))

@@ -1,0 +1,144 @@
+"""The books of all trials: who may report, what the multipliers are, and the trace. Plain Python, no Ray.
+
+Every change is first turned into journal records by the methods here and takes effect through `apply` alone, so that
+replaying the journal rebuilds exactly the same state.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dualsweep.constraints import (
+    DualRule,
+    DualState,
+    Problem,
+    complementarity_residual,
+    infeasibility,
+    kkt_residual,
+    rule_from_config,
+)
+from dualsweep.trainers.dual_client import Reply
+
+FINAL = ("completed", "stopped", "failed", "diverged")
+
+
+class StaleAttemptError(RuntimeError):
+    """A worker of an older attempt reported; it must stop writing."""
+
+
+class ProtocolError(RuntimeError):
+    """A report skipped ahead, or came for a trial nobody began."""
+
+
+@dataclass
+class TrialBook:
+    """One trial."""
+
+    trial_id: str
+    attempt: int = 0
+    status: str = "waiting"  # waiting, running, interrupted, or one of FINAL
+    directive: str = "continue"
+    problem: Problem | None = None
+    rule: DualRule | None = None
+    state: DualState | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    checkpoint_step: int = 0
+    superseded_rows: int = 0
+    result: dict[str, Any] | None = None
+    error: str | None = None
+
+
+class DualLedger:
+    """State of the DualServer. Methods that change something return (records, answer); `apply` performs a record."""
+
+    def __init__(self) -> None:
+        self.trials: dict[str, TrialBook] = {}
+
+    def book(self, trial_id: str) -> TrialBook:
+        return self.trials.setdefault(trial_id, TrialBook(trial_id))
+
+    def begin(self, trial_id: str, attempt: int, *, problem: dict, rule: dict, start: list[float], dual_state: dict | None) -> list[dict[str, Any]]:
+        """Open an attempt: fence older ones, and rewind to `dual_state` (or to the start)."""
+        book = self.book(trial_id)
+        if attempt < book.attempt:
+            raise StaleAttemptError(f"trial {trial_id}: attempt {attempt} began after attempt {book.attempt}")
+        if dual_state is None:
+            parsed = Problem.from_dict(problem)
+            dual_state = rule_from_config(rule).initial(parsed.names, np.asarray(start, dtype=np.float64), parsed.domain).to_dict()
+        return [{"kind": "begin", "trial": trial_id, "attempt": attempt, "problem": problem, "rule": rule, "state": dual_state}]
+
+    def report(self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]) -> list[dict[str, Any]]:
+        """One dual step.
+
+        Returns: the record to make durable, or nothing when this report was answered before.
+        Raises: StaleAttemptError, ProtocolError, ValueError naming a non-finite metric; nothing has changed then.
+        """
+        book = self.book(trial_id)
+        if book.state is None or book.problem is None or book.rule is None:
+            raise ProtocolError(f"trial {trial_id} reported dual step {dual_step} before it began")
+        if attempt != book.attempt:
+            raise StaleAttemptError(f"trial {trial_id}: report of attempt {attempt}, current is {book.attempt}")
+        if dual_step <= book.state.step:
+            return []
+        if dual_step != book.state.step + 1:
+            raise ProtocolError(f"trial {trial_id}: dual step {dual_step} follows {book.state.step}")
+        violation = book.problem.violation(measurement["metrics"])
+        state = book.rule.step(book.state, violation, book.problem.domain)
+        row = _row(book.problem, state, attempt, violation, measurement)
+        return [{"kind": "step", "trial": trial_id, "row": row, "state": state.to_dict()}]
+
+    def reply(self, trial_id: str) -> Reply:
+        book = self.book(trial_id)
+        return Reply(multipliers=tuple(book.state.multipliers.tolist()), directive=book.directive, dual_state=book.state.to_dict())
+
+    def apply(self, record: dict[str, Any]) -> None:
+        """Perform one journal record. Replaying all of them in order gives the same ledger."""
+        book = self.book(record["trial"])
+        kind = record["kind"]
+        if kind == "begin":
+            book.attempt, book.status, book.directive = record["attempt"], "running", "continue"
+            book.problem, book.rule = Problem.from_dict(record["problem"]), rule_from_config(record["rule"])
+            book.state = DualState.from_dict(record["state"])
+            book.superseded_rows += len(book.rows) - book.state.step
+            del book.rows[book.state.step :]
+            book.checkpoint_step, book.error = book.state.step, None
+        elif kind == "step":
+            book.state = DualState.from_dict(record["state"])
+            book.rows.append(record["row"])
+        elif kind == "checkpoint":
+            book.checkpoint_step = max(book.checkpoint_step, record["dual_step"])
+        elif kind == "directive":
+            book.directive = record["directive"]
+        elif kind == "end":
+            book.status, book.result, book.error = record["status"], record.get("result"), record.get("error")
+        else:
+            raise ValueError(f"journal record of unknown kind {kind!r}")
+
+
+def _row(problem: Problem, state: DualState, attempt: int, violation: np.ndarray, measurement: dict[str, Any]) -> dict[str, Any]:
+    """The trace row of a dual step; `state` is the one after it."""
+    grad_norm = measurement["grad_norm"]
+    return {
+        "dual_step": state.step,
+        "primal_step": measurement["primal_step"],
+        "attempt": attempt,
+        "wall_time": measurement["wall_time"],
+        "lr": measurement["lr"],
+        "grad_norm": grad_norm,
+        "objective": measurement["objective"],
+        "objective_stderr": measurement["objective_stderr"],
+        "lagrangian": measurement["lagrangian"],
+        "multipliers": state.multipliers.tolist(),
+        "relaxations": state.relaxations.tolist(),
+        "metrics": list(measurement["metrics"]),
+        "metric_stderrs": list(measurement["metric_stderrs"]),
+        "thresholds": problem.thresholds.tolist(),
+        "violations": violation.tolist(),
+        "violation_stderrs": list(measurement["metric_stderrs"]),
+        "smoothed_violations": state.rule_state["smoothed_violation"].tolist(),
+        "infeasibility": infeasibility(violation, state.relaxations),
+        "complementarity": complementarity_residual(state, violation, problem.domain),
+        "stationarity": grad_norm,
+        "kkt_residual": kkt_residual(state, violation, grad_norm, problem.domain),
+    }

@@ -1,0 +1,31 @@
+"""A DualClient in this process, without Ray or journal: notebooks, tests and `workers: 0` debugging."""
+
+from typing import Any
+
+from dualsweep.orchestration.dual_ledger import DualLedger
+from dualsweep.trainers.dual_client import Reply
+
+
+class LocalDual:
+    """The same books as the DualServer's, kept in memory."""
+
+    def __init__(self) -> None:
+        self.ledger = DualLedger()
+
+    def begin(self, trial_id: str, attempt: int, *, problem: dict, rule: dict, start: list[float], dual_state: dict | None) -> Reply:
+        self._perform(self.ledger.begin(trial_id, attempt, problem=problem, rule=rule, start=start, dual_state=dual_state))
+        return self.ledger.reply(trial_id)
+
+    def report(self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]) -> Reply:
+        self._perform(self.ledger.report(trial_id, attempt, dual_step, measurement))
+        return self.ledger.reply(trial_id)
+
+    def checkpointed(self, trial_id: str, attempt: int, dual_step: int, path: str) -> None:
+        self._perform([{"kind": "checkpoint", "trial": trial_id, "dual_step": dual_step}])
+
+    def trace(self, trial_id: str) -> list[dict[str, Any]]:
+        return list(self.ledger.book(trial_id).rows)
+
+    def _perform(self, records: list[dict[str, Any]]) -> None:
+        for record in records:
+            self.ledger.apply(record)

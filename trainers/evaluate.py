@@ -1,0 +1,107 @@
+"""What is measured once a trial has ended: held-out objective in nats, fresh samples, constraint metrics, histogram."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dualsweep.trainers.labellers import Labeller
+from dualsweep.trainers.metrics import Measurement, loss_measurement, membership_table, share_measurement
+from dualsweep.trainers.noise_schedule import NoiseSchedule
+from dualsweep.trainers.samplers import ddim_sample, starting_noise
+
+EVALUATION_COUNTER = 2**40  # keeps evaluation draws apart from every dual step's
+
+
+@torch.inference_mode()
+def weighted_errors(denoiser: torch.nn.Module, samples: np.ndarray, schedule: NoiseSchedule, *, levels: int, seed: int, batch_size: int = 256) -> np.ndarray:
+    """Half the log-SNR integral of the squared noise-prediction error of every sample, nats, float64 shape (n,).
+
+    The difference of two denoisers' values is the log likelihood ratio of the sample: the noise is drawn from `seed` alone,
+    so both must be evaluated with the same seed (common random numbers).
+    Source: unlearning paper, Lemma 2 (I-MMSE); methods.md 0.3.
+    """
+    timesteps, weights = schedule.log_snr_grid(levels)
+    device = next(denoiser.parameters()).device
+    x_0 = torch.from_numpy(np.ascontiguousarray(samples))
+    total = np.zeros(len(samples))
+    was_training = denoiser.training
+    denoiser.eval()
+    for level, (timestep, weight) in enumerate(zip(timesteps, weights, strict=True)):
+        generator = np.random.Generator(np.random.Philox(key=[seed, 0xE7A1], counter=[0, 0, 0, level]))
+        noise = torch.from_numpy(generator.standard_normal(x_0.shape, dtype=np.float32))
+        for start in range(0, len(x_0), batch_size):
+            part = slice(start, start + batch_size)
+            clean, drawn = x_0[part].to(device), noise[part].to(device)
+            t = torch.full((len(clean),), int(timestep), device=device)
+            error = denoiser(schedule.add_noise(clean, drawn, t), t).float() - drawn
+            total[part] += weight * error.square().flatten(1).sum(1).double().cpu().numpy()
+    denoiser.train(was_training)
+    return total
+
+
+@torch.inference_mode()
+def denoising_losses(denoiser: torch.nn.Module, samples: np.ndarray, schedule: NoiseSchedule, *, draws: int, seed: int) -> np.ndarray:
+    """Table row (sum, sum of squares, count) of `draws` plain noise-prediction losses on samples of a set, uniform timesteps."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, 0x10555]))
+    index = generator.integers(len(samples), size=draws)
+    device = next(denoiser.parameters()).device
+    losses = []
+    for part in np.array_split(index, max(1, draws // 256)):
+        x_0 = torch.from_numpy(samples[part]).to(device)
+        noise = torch.from_numpy(generator.standard_normal(x_0.shape, dtype=np.float32)).to(device)
+        t = torch.from_numpy(generator.integers(schedule.num_train_timesteps, size=len(part))).to(device)
+        losses.append((denoiser(schedule.add_noise(x_0, noise, t), t).float() - noise).square().flatten(1).mean(1).double().cpu().numpy())
+    values = np.concatenate(losses)
+    return np.array([values.sum(), np.square(values).sum(), float(len(values))])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything measured on draws that training never used."""
+
+    objective: float  # KL(q||p) - KL(q||p_base), nats
+    objective_stderr: float
+    measurement: Measurement
+    class_counts: list[int]
+    samples: np.ndarray  # a few, for the report's grid
+
+
+def evaluate(
+    denoiser: torch.nn.Module,
+    *,
+    unit: str,
+    classes: list[int],
+    held_out_main: np.ndarray,
+    held_out_constraints: list[np.ndarray],
+    base_errors: np.ndarray,
+    schedule: NoiseSchedule,
+    labeller: Labeller,
+    sample_shape: tuple[int, ...],
+    config: dict[str, Any],
+    seed: int,
+) -> Evaluation:
+    """Held-out evaluation of one model.
+
+    Args:
+        base_errors: `weighted_errors` of the pretrained model on held_out_main with the same seed and levels.
+    """
+    errors = weighted_errors(denoiser, held_out_main, schedule, levels=config["noise_levels"], seed=seed, batch_size=config["batch_size"])
+    gap = errors - base_errors
+    start = starting_noise(seed=seed, counter=EVALUATION_COUNTER, shards=[0], counts={0: config["num_samples"]}, shape=sample_shape)
+    samples = ddim_sample(denoiser, start, schedule, num_sampling_steps=config["num_sampling_steps"], batch_size=config["batch_size"]).numpy()
+    weights = labeller.label(samples)
+    if unit == "share":
+        measurement = share_measurement(membership_table(weights, classes))
+    else:
+        rows = [denoising_losses(denoiser, held, schedule, draws=4096, seed=seed) for held in held_out_constraints]
+        measurement = loss_measurement(np.stack([np.array([0.0, 0.0, 1.0]), *rows]))
+    counts = np.bincount(weights.argmax(1), minlength=weights.shape[1])
+    return Evaluation(
+        objective=float(gap.mean()),
+        objective_stderr=float(gap.std(ddof=1) / np.sqrt(len(gap))),
+        measurement=measurement,
+        class_counts=[int(c) for c in counts],
+        samples=samples[: config["grid_samples"]],
+    )

@@ -1,0 +1,116 @@
+"""Denoisers behind one interface, ``denoiser(x_t, timestep) -> noise prediction``, and their diffusers layout on disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMPipeline, UNet2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from dualsweep.trainers.noise_schedule import NoiseSchedule
+
+
+class MLPDenoiser(ModelMixin, ConfigMixin):
+    """Residual MLP for vectors of shape (batch, dim), with Fourier features of the timestep."""
+
+    @register_to_config
+    def __init__(self, dim: int = 2, width: int = 128, depth: int = 4, num_train_timesteps: int = 1000) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.exp(torch.linspace(0.0, 5.0, 16)), persistent=False)
+        self.enter = nn.Linear(dim + 32, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth)
+        )
+        self.leave = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, dim))
+        self.num_train_timesteps = num_train_timesteps
+
+    def forward(self, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        phase = (timestep.float() / self.num_train_timesteps)[:, None] * self.frequencies
+        hidden = self.enter(torch.cat([x_t, phase.sin(), phase.cos()], dim=1))
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.leave(hidden)
+
+
+class Denoiser(nn.Module):
+    """Calls the wrapped network and unwraps diffusers' output objects; parameters keep the network's own names."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        output = self.network(x_t, timestep)
+        return output if isinstance(output, torch.Tensor) else output.sample
+
+
+def build_denoiser(model: dict[str, Any], sample_shape: tuple[int, ...], schedule: NoiseSchedule) -> Denoiser:
+    """A freshly initialised denoiser.
+
+    Args:
+        model: the `model` section of the config.
+        sample_shape: (channels, height, width) for `unet`, (dim,) for `mlp`.
+    Raises: ValueError when height or width do not halve once a level.
+    """
+    if model["kind"] == "mlp":
+        (dim,) = sample_shape
+        return Denoiser(
+            MLPDenoiser(dim=dim, width=model["width"], depth=model["depth"], num_train_timesteps=schedule.num_train_timesteps)
+        )
+    check_image_size(model, sample_shape)
+    channels, height, width = sample_shape
+    levels = len(model["channels"])
+    attention = model["attention"] or [False] * levels
+    network = UNet2DModel(
+        sample_size=height if height == width else (height, width),
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=model["layers_per_block"],
+        block_out_channels=tuple(model["channels"]),
+        down_block_types=tuple("AttnDownBlock2D" if on else "DownBlock2D" for on in attention),
+        up_block_types=tuple("AttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attention)),
+        norm_num_groups=model["norm_groups"],
+        add_attention=any(attention),
+    )
+    return Denoiser(network)
+
+
+def check_image_size(model: dict[str, Any], sample_shape: tuple[int, ...]) -> None:
+    """Raises: ValueError naming model.channels when the images do not halve once a level."""
+    factor = 2 ** (len(model["channels"]) - 1)
+    if sample_shape[-1] % factor or sample_shape[-2] % factor:
+        raise ValueError(
+            f"model.channels={list(model['channels'])} halves images {len(model['channels']) - 1} times, but their size "
+            f"{sample_shape[-2]}x{sample_shape[-1]} is not a multiple of {factor}: set data.size to one or use fewer levels"
+        )
+
+
+def save_model(denoiser: Denoiser, schedule: NoiseSchedule, folder: Path) -> None:
+    """Write the diffusers layout: a DDPMPipeline for U-Nets, a plain model folder for vectors. Safetensors only."""
+    if isinstance(denoiser.network, UNet2DModel):
+        DDPMPipeline(unet=denoiser.network, scheduler=schedule.scheduler).save_pretrained(folder, safe_serialization=True)
+    else:
+        denoiser.network.save_pretrained(folder, safe_serialization=True)
+
+
+def load_model(folder: str | Path) -> Denoiser:
+    """Read what `save_model` wrote, or any diffusers folder or hub name that holds a UNet2DModel.
+
+    Raises: ValueError naming the folder when it is not such a model.
+    """
+    folder = str(folder)
+    index = Path(folder) / "model_index.json"
+    try:
+        if index.is_file():
+            return Denoiser(UNet2DModel.from_pretrained(folder, subfolder="unet", use_safetensors=True))
+        config = Path(folder) / "config.json"
+        if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("_class_name") == "MLPDenoiser":
+            return Denoiser(MLPDenoiser.from_pretrained(folder, use_safetensors=True))
+        if config.is_file():
+            return Denoiser(UNet2DModel.from_pretrained(folder, use_safetensors=True))
+        return Denoiser(UNet2DModel.from_pretrained(folder, subfolder="unet", use_safetensors=True))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {folder!r} cannot be loaded as a diffusers UNet2DModel: {error}") from error

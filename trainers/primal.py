@@ -1,0 +1,59 @@
+"""The primal step: one optimizer update at fixed multipliers."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+
+from dualsweep.trainers.methods import Method
+from dualsweep.trainers.methods.base import Batch, StreamSums
+from dualsweep.trainers.noise_schedule import NoiseSchedule
+from dualsweep.trainers.state import TrainState
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient was NaN or infinite; neither the optimizer nor the multipliers moved."""
+
+
+def primal_step(
+    train: TrainState,
+    method: Method,
+    schedule: NoiseSchedule,
+    batch: Batch,
+    multipliers: torch.Tensor,
+    *,
+    accelerator: Accelerator,
+    grad_clip: float,
+    sums: StreamSums | None = None,
+) -> float:
+    """Lagrangian, gradient, clipping, AdamW, learning rate and EMA, in this order.
+
+    Args:
+        multipliers: float32 on the model's device, shape (num_constraints,).
+        sums: collects the per-sample losses for the next dual step.
+    Returns: global gradient norm before clipping (stationarity of the Lagrangian).
+    Raises: NonFiniteError before the optimizer moves, naming the primal step.
+    """
+    train.optimizer.zero_grad(set_to_none=True)
+    with accelerator.autocast():
+        loss, losses = method.primal_loss(train.denoiser, schedule, batch, multipliers)
+    # Gradients are averaged over ranks, while the parts of the Lagrangian add up: scale by the number of ranks.
+    accelerator.backward(loss * accelerator.num_processes)
+    grad_norm = float(accelerator.clip_grad_norm_(train.denoiser.parameters(), grad_clip))
+    if not math.isfinite(grad_norm):
+        scaler = accelerator.scaler
+        if scaler is None or not bool(torch.isfinite(loss)):
+            train.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(
+                f"non-finite {'loss' if not bool(torch.isfinite(loss)) else 'gradient'} at primal step {train.primal_step + 1} "
+                f"(loss {float(loss):g}, gradient norm {grad_norm:g}); the optimizer did not move"
+            )
+    if accelerator.scaler is not None:
+        accelerator.scaler.step(train.optimizer)  # skips the update itself when fp16 gradients overflowed
+        accelerator.scaler.update()
+    else:
+        train.optimizer.step()
+    train.advance()
+    if sums is not None:
+        sums.add(losses, batch.counts)
+    return grad_norm

@@ -1,0 +1,44 @@
+"""Reverse process: DDIM through diffusers, with starting noise drawn by logical shard."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+
+from dualsweep.trainers.noise_schedule import NoiseSchedule
+
+
+def starting_noise(*, seed: int, counter: int, shards: Iterable[int], counts: dict[int, int], shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal starts, float32 (sum of counts of `shards`, *shape); shard k's numbers depend on (seed, counter, k) alone."""
+    parts = []
+    for shard in shards:
+        generator = np.random.Generator(np.random.Philox(key=[seed, 0x5A3B1E], counter=[0, 0, counter, shard]))
+        parts.append(generator.standard_normal((counts[shard], *shape), dtype=np.float32))
+    return torch.from_numpy(np.concatenate(parts)) if parts else torch.empty((0, *shape))
+
+
+@torch.inference_mode()
+def ddim_sample(denoiser: torch.nn.Module, start: torch.Tensor, schedule: NoiseSchedule, *, num_sampling_steps: int, batch_size: int = 256) -> torch.Tensor:
+    """Deterministic DDIM samples (eta = 0).
+
+    Args:
+        start: x_T, standard normal, shape (n, *sample_shape).
+        num_sampling_steps: at most schedule.num_train_timesteps; timesteps end at the noisiest one ("trailing").
+    Returns: x_0, same shape as start, on the CPU.
+    Source: Song, Meng and Ermon, ICLR 2021, eq. 12.
+    """
+    device = next(denoiser.parameters()).device
+    scheduler = DDIMScheduler.from_config(schedule.scheduler.config, set_alpha_to_one=True)
+    scheduler.set_timesteps(min(num_sampling_steps, schedule.num_train_timesteps))
+    was_training = denoiser.training
+    denoiser.eval()
+    done = []
+    for x_t in start.split(batch_size):
+        x_t = x_t.to(device)
+        for timestep in scheduler.timesteps:
+            prediction = denoiser(x_t, timestep.to(device).expand(len(x_t)))
+            x_t = scheduler.step(prediction.float(), timestep, x_t).prev_sample
+        done.append(x_t.cpu())
+    denoiser.train(was_training)
+    return torch.cat(done) if done else start

@@ -1,0 +1,121 @@
+"""What a worker process keeps from trial to trial: data, labellers, modules and the pretrained weights.
+
+Paid for once a process, so that a trial after the first starts in milliseconds.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dualsweep.datasets import ConstrainedData, DatasetSpec, Streams, build
+from dualsweep.trainers.evaluate import weighted_errors
+from dualsweep.trainers.labellers import Labeller, evaluation_labeller, training_labeller
+from dualsweep.trainers.models import Denoiser, build_denoiser, load_model
+from dualsweep.trainers.noise_schedule import NoiseSchedule
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+class Workspace:
+    """Caches of one worker process for one sweep; `config` is the sweep's resolved config as a dictionary."""
+
+    def __init__(self, config: dict[str, Any], data_spec: DatasetSpec) -> None:
+        precision = config["primal"]["precision"]
+        if precision == "fp16" and not torch.cuda.is_available():
+            precision = "fp32"  # preflight refused a mixed setting already; the CPU has no fp16 scaler
+        self.config = config
+        self.accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=not torch.cuda.is_available())
+        self.device = self.accelerator.device
+        self.schedule = NoiseSchedule(**config["schedule"], clip_sample=config["data"]["dataset"] != "gaussian_mixture")
+        self.data: ConstrainedData = build(data_spec)
+        self.constraint_names: tuple[str, ...] = tuple(self.data.constraints)
+        self.tensors = {"main": torch.from_numpy(self.data.main.samples).to(self.device)}
+        self.tensors |= {name: torch.from_numpy(x).to(self.device) for name, x in self.data.constraints.items()}
+        self._modules: tuple[nn.Module, Denoiser] | None = None
+        self._base: Denoiser | None = None
+        self._base_errors: dict[int, np.ndarray] = {}
+        self._training_labeller: Labeller | None = None
+        self._evaluation_labeller: Labeller | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def training_labeller(self) -> Labeller:
+        self._training_labeller = self._training_labeller or training_labeller(self.data)
+        return self._training_labeller
+
+    @property
+    def evaluation_labeller(self) -> Labeller:
+        self._evaluation_labeller = self._evaluation_labeller or evaluation_labeller(self.data, seed=self.config["seed"])
+        return self._evaluation_labeller
+
+    def modules(self) -> tuple[nn.Module, Denoiser]:
+        """The trained module (wrapped for several workers) and the EMA module, built once and refilled a trial."""
+        if self._modules is None:
+            self._modules = (self._to_device(self._fresh()), self._to_device(self._fresh()))
+            if self.world_size > 1:
+                self._modules = (self.accelerator.prepare_model(self._modules[0]), self._modules[1])
+            if self.config["model"]["compile"]:
+                for module in self._modules:
+                    module.compile()
+        return self._modules
+
+    def _fresh(self) -> Denoiser:
+        pretrained = self.config["model"]["pretrained"]
+        if pretrained:
+            return load_model(pretrained)
+        torch.manual_seed(self.config["seed"])
+        return build_denoiser(self.config["model"], self.data.sample_shape, self.schedule)
+
+    def _to_device(self, module: Denoiser) -> Denoiser:
+        memory_format = torch.channels_last if self.config["model"]["channels_last"] else torch.preserve_format
+        return module.to(self.device, memory_format=memory_format)
+
+    def load_base(self, folder: Path) -> Denoiser:
+        """The pretrained model every trial continues from, loaded once."""
+        if self._base is None:
+            self._base = self._to_device(load_model(folder)).requires_grad_(False)
+        return self._base
+
+    def base_errors(self, seed: int) -> np.ndarray:
+        """Held-out errors of the pretrained model, measured once a process and seed."""
+        if seed not in self._base_errors:
+            levels = self.config["evaluation"]["noise_levels"]
+            self._base_errors[seed] = weighted_errors(
+                self._base, self.data.held_out_main.samples, self.schedule, levels=levels, seed=seed, batch_size=self.config["evaluation"]["batch_size"]
+            )
+        return self._base_errors[seed]
+
+    def fill(self, source: nn.Module | None) -> None:
+        """Give both modules the weights of `source`, or fresh ones from the config's seed."""
+        trained, ema = self.modules()
+        weights = (source or self._fresh()).state_dict()
+        self.accelerator.unwrap_model(trained).load_state_dict(weights)
+        ema.load_state_dict(weights)
+
+    def streams(self, optimizer: dict[str, Any], names: tuple[str, ...], seed: int) -> Streams:
+        """Main stream plus one a constraint; batch sizes from the optimizer section."""
+        batch = {"main": optimizer["batch_size"]} | {name: optimizer.get("constraint_batch_size", 0) for name in names}
+        return Streams(
+            sizes={name: len(self.tensors[name]) for name in batch},
+            batch_sizes=batch,
+            seed=seed,
+            num_shards=optimizer["num_shards"],
+            num_train_timesteps=self.schedule.num_train_timesteps,
+            sample_shape=self.data.sample_shape,
+        )
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
