@@ -2,8 +2,8 @@
 
 Class restriction: q has mass ``prior[i]`` on class i and q^i is q restricted to it. At multipliers lambda the model
 is the mixture (q + sum_i lambda_i q^i) / (1 + sum lambda), so class i has share
-(prior_i + lambda_i) / (1 + sum lambda) and KL(q^i||p) = -log share. Arrays have one entry a
-constrained class; the rest of q is lumped. Source: methods.md H1.
+(prior_i + lambda_i) / (1 + sum lambda) and KL(q^i||p) = -log share. Arrays have one entry a constrained class; the
+rest of q is lumped. Source: methods.md H1.
 """
 
 import numpy as np
@@ -49,7 +49,7 @@ def resilient_class_restriction_multipliers(
     Args:
         epsilon: thresholds in nats, >= 0.
         relaxation_cost: alpha > 0 of the cost u^2 / (4 alpha), one or one a class.
-    Returns: multipliers, solved to float64 round-off by bisection.
+    Returns: multipliers, solved to float64 round-off by bisection on 1 + sum lambda.
     """
     epsilon, prior = _checked(epsilon, prior)
     values = np.atleast_1d(relaxation_cost)
@@ -58,20 +58,25 @@ def resilient_class_restriction_multipliers(
 
     def at_total(total: float) -> NDArray[np.float64]:
         """The lambda_i >= 0 with log(total / (prior_i + lambda_i)) - epsilon_i = 2 alpha_i lambda_i, or 0."""
-        low, high = np.zeros_like(prior), np.maximum(total * np.exp(-epsilon) - prior, 0.0)
-        for _ in range(200):
-            middle = (low + high) / 2
-            rising = np.log(total) - np.log(np.maximum(prior + middle, 1e-300)) - epsilon > 2 * cost * middle
-            low, high = np.where(rising, middle, low), np.where(rising, high, middle)
-        return (low + high) / 2
+        # With v = log(2 alpha (prior + lambda)) this is v + e^v = level (Lambert's W): convex and rising, so Newton's
+        # method from the right of the root falls to it without overshooting.
+        level = np.log(total) - epsilon + 2 * cost * prior + np.log(2 * cost)
+        v = np.where(level > 1, np.log(np.maximum(level, 1.0)), level)
+        for _ in range(100):
+            step = (v + np.exp(v) - level) / (1 + np.exp(v))
+            v = v - step
+            if np.abs(step).max(initial=0.0) < 1e-15:
+                break
+        return np.maximum(np.exp(v) / (2 * cost) - prior, 0.0)
 
     low = high = 1.0
     while 1 + at_total(high).sum() > high:  # grows like log(total) / alpha, so the bracket closes
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
+        low, high = high, 2 * high
+    middle = (low + high) / 2
+    while low < middle < high:
         low, high = (middle, high) if 1 + at_total(middle).sum() > middle else (low, middle)
-    return at_total((low + high) / 2)
+        middle = (low + high) / 2
+    return at_total(middle)
 
 
 def class_restriction_shares(multipliers: ArrayLike, prior: ArrayLike) -> NDArray[np.float64]:

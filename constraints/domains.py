@@ -138,15 +138,16 @@ def domain_from_dict(data: Mapping) -> DualDomain:
 
     Raises: ValueError on an unknown kind or key, or a limit out of range.
     """
-    if not isinstance(data, Mapping) or data.get("kind") not in DOMAINS:
+    kind = data.get("kind") if isinstance(data, Mapping) else None
+    if not isinstance(kind, str) or kind not in DOMAINS:
         raise ValueError(f"domain={data!r}: give a mapping whose `kind` is one of {sorted(DOMAINS)}")
     arguments = {key: value for key, value in data.items() if key != "kind"}
-    required = {"sum_below": {"limit"}, "capped": {"caps"}}.get(data["kind"], set())
+    required = {"sum_below": {"limit"}, "capped": {"caps"}}.get(kind, set())
     optional = {"margin"} if required else set()
-    check_keys(arguments, what=f"domain {data['kind']}", required=required, optional=optional)
+    check_keys(arguments, what=f"domain {kind}", required=required, optional=optional)
     if "caps" in arguments:
         arguments["caps"] = tuple(arguments["caps"])
-    return DOMAINS[data["kind"]](**arguments)
+    return DOMAINS[kind](**arguments)
 
 
 def _project_on_simplex(values: NDArray[np.float64], total: float) -> NDArray[np.float64]:

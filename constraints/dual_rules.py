@@ -89,7 +89,7 @@ class Ascent(DualRule):
         _set(self, "step_size", checked_number(self.step_size, field="dual.step_size", above=0))
 
     def _moved(self, state, violation, domain, ramp):
-        return replace(state, multipliers=domain.project(state.multipliers + ramp * self.step_size * violation))
+        return replace(state, multipliers=_ascended(state, ramp * self.step_size * violation, domain))
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ class Resilient(DualRule):
 
     def _moved(self, state, violation, domain, ramp):
         cost = _costs(self.relaxation_cost, state)
-        ascended = state.multipliers + ramp * self.step_size * (violation - 2 * cost * state.multipliers)
-        multipliers = domain.project(ascended)
+        gradient = violation - 2 * cost * state.multipliers
+        multipliers = _ascended(state, ramp * self.step_size * gradient, domain)
         return replace(state, multipliers=multipliers, relaxations=2 * cost * multipliers)
 
 
@@ -163,8 +163,8 @@ class ResilientExplicit(DualRule):
         relaxable = cost > 0
         slope = np.where(relaxable, state.multipliers - state.relaxations / (2 * np.where(relaxable, cost, 1.0)), 0.0)
         relaxations = np.maximum(state.relaxations + ramp * self.relaxation_step_size * slope, 0.0)
-        ascended = state.multipliers + ramp * self.step_size * (violation - relaxations)
-        return replace(state, multipliers=domain.project(ascended), relaxations=relaxations)
+        multipliers = _ascended(state, ramp * self.step_size * (violation - relaxations), domain)
+        return replace(state, multipliers=multipliers, relaxations=relaxations)
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class NuPI(DualRule):
         after = self.nu * before + (1 - self.nu) * violation
         move = self.step_size * violation + self.proportional_gain * (after - before)
         memory = {**state.rule_state, "filtered_violation": after}
-        return replace(state, multipliers=domain.project(state.multipliers + ramp * move), rule_state=memory)
+        return replace(state, multipliers=_ascended(state, ramp * move, domain), rule_state=memory)
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,8 @@ def rule_from_config(config: Mapping, relaxation_costs: Sequence[float | None] |
             rule gives no ``relaxation_cost``. None entries are never relaxed.
     Raises: ValueError on an unknown rule or setting (naming the known ones), a missing one, or a value out of range.
     """
-    if not isinstance(config, Mapping) or config.get("rule") not in RULES:
-        given = config.get("rule") if isinstance(config, Mapping) else config
+    given = config.get("rule") if isinstance(config, Mapping) else config
+    if not isinstance(config, Mapping) or not isinstance(given, str) or given not in RULES:
         raise ValueError(f"dual.rule={given!r}: give one of {sorted(RULES)}")
     name = config["rule"]
     settings = {key: value for key, value in config.items() if key != "rule"}
@@ -242,6 +242,11 @@ def rule_from_config(config: Mapping, relaxation_costs: Sequence[float | None] |
     if missing:
         raise ValueError(f"dual: the rule {name!r} needs {missing}; add them beside `rule`")
     return RULES[name](**settings)
+
+
+def _ascended(state: DualState, move: NDArray[np.float64], domain: DualDomain) -> NDArray[np.float64]:
+    # checked before the projection: beyond it nobody knows which constraint overflowed
+    return domain.project(checked_vector(state.multipliers + move, state.names, what="multiplier"))
 
 
 def _set(rule: DualRule, name: str, value: object) -> None:

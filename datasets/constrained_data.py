@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from dualsweep.datasets.gaussians import GaussianMixture
 from numpy.typing import NDArray
+
+from dualsweep.datasets.gaussians import GaussianMixture
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
+
 from dualsweep.datasets.constrained_data import LabelledSet
 from dualsweep.datasets.images import resized, to_unit_range
-from numpy.typing import NDArray
 
 UNSIGNED_BYTE = 8
 CHUNK_BYTES = 1 << 20

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from dualsweep.datasets.constrained_data import LabelledSet
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+
+from dualsweep.datasets.constrained_data import LabelledSet
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from dualsweep.datasets.constrained_data import LabelledSet
-from dualsweep.datasets.images import ImageCollector
 from numpy.typing import NDArray
 from pyarrow import fs
+
+from dualsweep.datasets.constrained_data import LabelledSet
+from dualsweep.datasets.images import ImageCollector
 
 MAX_CLASSES = 100_000  # a larger label is an identifier, not a class
 BATCH_ROWS = 1024

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
 from dualsweep.datasets.constrained_data import (
     ClassCounts,
     ConstrainedData,
@@ -20,7 +22,6 @@ from dualsweep.datasets.gaussians import GaussianMixture
 from dualsweep.datasets.idx_images import IdxSource, labels_path_beside
 from dualsweep.datasets.images import DigitsSource, FolderSource, ImageSource
 from dualsweep.datasets.parquet_images import ParquetSource
-from numpy.typing import NDArray
 
 DATASETS = ("digits", "parquet", "folder", "idx", "gaussian_mixture")
 MAIN_STREAM = "main"  # the stream of the imbalanced data; a constraint may not have its name

@@ -4,8 +4,8 @@ The batch of every stream ("main" and one a constraint) is split over a fixed nu
 s draws from a counter-based generator addressed by (seed, stream name, s, k), so nothing has to be stored or skipped
 over: workers own shards, and whoever owns shard k draws what anybody else would have drawn.
 
-Cost: 4 streams over 8 shards, 64 + 3 * 16 samples of 1x8x8, take 0.3 ms on one core of a
-shared machine (1.2 ms with a new generator for each shard, which gives the same numbers).
+Cost: 4 streams over 8 shards, 64 + 3 * 16 samples of 1x8x8, take 0.3 to 0.4 ms on one core of
+a shared machine (1.2 to 1.4 ms with a new generator for each shard, which gives the same numbers).
 """
 
 import hashlib

@@ -11,14 +11,14 @@ import os
 import re
 import types
 import typing
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dualsweep.constraints import GridPoint, grid_points, rule_from_config
+from dualsweep.constraints import GridPoint, grid_point, grid_points, rule_from_config
 from dualsweep.datasets import DatasetSpec
 
 STORAGE_VARIABLE = "DUALSWEEP_STORAGE"
@@ -308,7 +308,25 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = (), *, envir
         except yaml.YAMLError:
             raise ConfigError(f"override {override!r}: the value {text!r} is not readable as YAML; quote it") from None
         _assign(values, key.strip().split("."), _as_number(value), override)
-    return SweepConfig.from_dict(_as_number(values), source=str(path))
+    return _with_absolute_paths(SweepConfig.from_dict(_as_number(values), source=str(path)))
+
+
+def _with_absolute_paths(config: SweepConfig) -> SweepConfig:
+    """Relative paths are the caller's: fixed now, before the working directory changes on the way to the workers."""
+    names = ("path", "test_path", "labels_path", "test_labels_path")
+    given = {name: getattr(config.data, name) for name in names}
+    moved = {name: os.path.abspath(text) for name, text in given.items() if text and "://" not in text}
+    pretrained = config.model.pretrained
+    if pretrained and Path(pretrained).exists():
+        pretrained = os.path.abspath(pretrained)
+    storage = config.storage if "://" in config.storage else os.path.abspath(os.path.expanduser(config.storage))
+    return config.model_copy(
+        update={
+            "data": replace(config.data, **moved),
+            "model": config.model.model_copy(update={"pretrained": pretrained}),
+            "storage": storage,
+        }
+    )
 
 
 def _assign(values: dict, path: list[str], value: Any, source: str) -> None:
@@ -404,5 +422,7 @@ def _point(trial_id: str, label: str, kind: str, thresholds: dict[str, float], w
     return {"trial_id": trial_id, "label": label, "kind": kind, "thresholds": thresholds, "fixed_weight": weight}
 
 
-def dataset_dict(spec: DatasetSpec) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(spec)))
+def point_for_search(config: SweepConfig, constraint_names: tuple[str, ...], thresholds: dict[str, Any]) -> dict[str, Any]:
+    """The trial of thresholds that Tune's search algorithm chose, a value an axis."""
+    point = grid_point(thresholds, {"minority": constraint_names}, config.thresholds.unit, path="thresholds.search")
+    return _point(point.id, point.label, "constrained", point.thresholds)

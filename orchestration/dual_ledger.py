@@ -110,6 +110,8 @@ class DualLedger:
             book.checkpoint_step = max(book.checkpoint_step, record["dual_step"])
         elif kind == "directive":
             book.directive = record["directive"]
+        elif kind == "reopen":
+            book.status, book.result, book.error = "waiting", None, None
         elif kind == "end":
             book.status, book.result, book.error = record["status"], record.get("result"), record.get("error")
         else:

@@ -6,6 +6,7 @@ Every error bar and band is value +- 1.96 standard errors. The stricter request 
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from scipy.interpolate import PchipInterpolator
 
 from dualsweep.orchestration.report import NORMAL_95, Sweep, Trial, as_float, class_counts, finite, wilson_interval
 
@@ -32,7 +34,7 @@ STYLE = {
 
 
 def draw_figures(sweep: Sweep, folder: Path) -> dict[str, Path]:
-    """Write every figure that has something to show to ``<folder>/<name>.png``, and remove those that no longer have."""
+    """Write every figure that has something to show to ``<folder>/<name>.png``; remove those that no longer have."""
     drawn = {}
     with matplotlib.rc_context(STYLE):
         for draw in (frontier, achieved, multipliers, violations, relaxations, histograms, samples):
@@ -59,41 +61,73 @@ def frontier(sweep: Sweep) -> Figure | None:
     exact = sorted(pair for pair in exact if all(map(finite, pair)))
     handles = []
     if exact:
-        handles += axes.plot(*zip(*exact, strict=True), "--", color=GREY, marker="|", ms=9, label="exact optimum at the request")
+        x, y = np.array(exact).T
+        curve = PchipInterpolator(x, y) if np.all(np.diff(x) > 0) and len(x) > 1 else None
+        if curve is not None:  # straight lines between the requests would lie above the convex optimum
+            axes.plot(dense := np.linspace(x[0], x[-1], 200), curve(dense), "--", color=GREY, lw=1.4, zorder=1)
+        axes.plot(x, y, "|", color=GREY, ms=11, mew=1.6, zorder=1)
+        handles.append(
+            Line2D([], [], color=GREY, ls="--", lw=1.4, marker="|", ms=11, label="exact optimum (ticks: at requests)")
+        )
     wider = sweep.front("undecided")
     if len(wider) > 1 and wider != front:
         xy = [(trial.achieved[0] * scale, trial.objective) for trial in wider]
-        handles += axes.plot(*zip(*xy, strict=True), ":", color=SKY, lw=2.2, label="front if the undecided hold", zorder=1)
+        handles += axes.plot(
+            *zip(*xy, strict=True), ":", color=SKY, lw=2.2, label="front if the undecided hold", zorder=1
+        )
     if front:
         xy = [(trial.achieved[0] * scale, trial.objective) for trial in front]
-        handles += axes.plot(*zip(*xy, strict=True), "-", color=SKY, lw=3, label="Pareto front of the points that hold", zorder=1)
+        handles += axes.plot(
+            *zip(*xy, strict=True), "-", color=SKY, lw=3, label="Pareto front of the points that hold", zorder=1
+        )
     seen = {}
     for trial in trials:
         look, says = _look(trial)
         value, stderr = trial.achieved
         x, dx = value * scale, _bar(stderr * scale)
-        axes.errorbar(x, trial.objective, _bar(trial.objective_stderr), dx, ecolor=look["color"], elinewidth=1.2, capsize=3,
-                      fmt="none", zorder=2, alpha=0.75)  # fmt: skip
+        axes.errorbar(
+            x,
+            trial.objective,
+            _bar(trial.objective_stderr),
+            dx,
+            ecolor=look["color"],
+            elinewidth=1.2,
+            capsize=3,
+            fmt="none",
+            zorder=2,
+            alpha=0.75,
+        )
         axes.plot(x, trial.objective, linestyle="none", zorder=3, **look)
         if trial.verdict == "infeasible":
             axes.plot(x, trial.objective, marker="x", color=look["color"], ms=8, mew=1.8, zorder=4)
             if finite(trial.requested):  # how far the point is from what was asked of it
-                axes.plot([x, trial.requested * scale], [trial.objective] * 2, ":", color=look["color"], lw=1.4, zorder=1)
+                axes.plot(
+                    [x, trial.requested * scale], [trial.objective] * 2, ":", color=look["color"], lw=1.4, zorder=1
+                )
                 axes.plot(trial.requested * scale, trial.objective, "|", color=look["color"], ms=11, mew=1.8, zorder=2)
         seen[says] = Line2D([], [], linestyle="none", label=says, **look)
         if trial.verdict == "infeasible":
             seen[says] = (seen[says], Line2D([], [], linestyle="none", marker="x", color=look["color"], ms=8, mew=1.8))
     handles += seen.values()
     names = sweep.constraint_names
-    among = f" among {', '.join(names)}" if 1 < len(names) <= 4 else f" among {len(names)} constraints" if len(names) > 4 else ""
-    axes.set_xlabel(f"{unit.worst} {unit.noun} reached{among} {unit.axis}".strip() + "\nstricter →")
+    among = (
+        f" among {', '.join(names)}"
+        if 1 < len(names) <= 4
+        else f" among {len(names)} constraints"
+        if len(names) > 4
+        else ""
+    )
+    axes.set_xlabel(
+        f"{unit.worst} {unit.noun} reached{among} {unit.axis}".strip()
+        + ("\nstricter →" if unit.stricter > 0 else "\naxis reversed: stricter →")
+    )
     axes.set_ylabel(f"{_objective_name(sweep)}\n← better")
     if unit.stricter < 0:
         axes.invert_xaxis()
     axes.margins(0.09)
     _legend(figure, handles, columns=2)
     shown = trials if len(trials) <= 16 else [t for t in trials if t in front or t.kind != "constrained"]
-    _place_labels(axes, [(t.achieved[0] * scale, t.objective, _point_label(t)) for t in shown], trials, scale)
+    _place_labels(axes, shown, trials)
     return figure
 
 
@@ -121,7 +155,10 @@ def achieved(sweep: Sweep) -> Figure | None:
     far = np.full_like(line, 1e9 * unit.stricter)
     axes.fill_between(line, line, far, color=GREEN, alpha=0.09, lw=0)
     axes.plot(line, line, color=INK, lw=1.3)
-    handles = [Line2D([], [], color=INK, lw=1.3, label="reached = requested"), Patch(color=GREEN, alpha=0.15, label="request met")]
+    handles = [
+        Line2D([], [], color=INK, lw=1.3, label="reached = requested"),
+        Patch(color=GREEN, alpha=0.15, label="request met"),
+    ]
     tolerance = next((t.certificate["tolerance"] for _, t, *_ in rows if finite(t.certificate.get("tolerance"))), 0.0)
     if tolerance:
         eased = line * math.exp(-tolerance) if unit.name == "share" else line - unit.stricter * tolerance
@@ -131,8 +168,18 @@ def achieved(sweep: Sweep) -> Figure | None:
         index = names.index(name)
         color, marker = CYCLE[index % len(CYCLE)]
         x = x * scale + dodge * (index - (len(names) - 1) / 2)
-        axes.errorbar(x, y * scale, _bar(stderr * scale), fmt=marker, color=color, ms=8, mfc=_fill(trial, color), mew=1.6,
-                      capsize=3, elinewidth=1.3)  # fmt: skip
+        axes.errorbar(
+            x,
+            y * scale,
+            _bar(stderr * scale),
+            fmt=marker,
+            color=color,
+            ms=8,
+            mfc=_fill(trial, color),
+            mew=1.6,
+            capsize=3,
+            elinewidth=1.3,
+        )
     for index, name in enumerate(names):
         color, marker = CYCLE[index % len(CYCLE)]
         handles.append(Line2D([], [], linestyle="none", marker=marker, color=color, ms=8, label=name))
@@ -140,7 +187,10 @@ def achieved(sweep: Sweep) -> Figure | None:
     if any(trial.verdict != "feasible" for _, trial, *_ in rows):
         handles.append(Line2D([], [], linestyle="none", **hollow, label="hollow: its point is not certified"))
     axes.set(xlim=(low - pad, high + pad), ylim=(low - pad, high + pad))
-    axes.set_xlabel(f"requested {unit.noun} {unit.axis}".strip() + (" – stricter →" if unit.stricter > 0 else ", axis reversed – stricter →"))
+    axes.set_xlabel(
+        f"requested {unit.noun} {unit.axis}".strip()
+        + (" – stricter →" if unit.stricter > 0 else ", axis reversed – stricter →")
+    )
     axes.set_ylabel(f"{unit.noun} reached {unit.axis}".strip())
     if unit.stricter < 0:
         axes.invert_xaxis()
@@ -150,7 +200,9 @@ def achieved(sweep: Sweep) -> Figure | None:
 
 def multipliers(sweep: Sweep) -> Figure | None:
     """Multiplier traces, one panel a constraint and one line a trial; the exact multiplier dashed."""
-    return _traces_by_constraint(sweep, "multipliers", "multiplier (objective per unit of violation)", exact="exact_multipliers")
+    return _traces_by_constraint(
+        sweep, "multipliers", "multiplier (objective per unit of violation)", exact="exact_multipliers"
+    )
 
 
 def relaxations(sweep: Sweep) -> Figure | None:
@@ -161,7 +213,7 @@ def relaxations(sweep: Sweep) -> Figure | None:
 
 
 def violations(sweep: Sweep) -> Figure | None:
-    """Violation estimates with their band, one panel a trial and one line a constraint; at or below zero is satisfied."""
+    """Violation estimates with their band and running mean, one panel a trial; at or below zero is satisfied."""
     trials = _thin([t for t in sweep.of_kind("constrained") if t.trace and t.trace_names])
     if not trials:
         return None
@@ -175,16 +227,16 @@ def violations(sweep: Sweep) -> Figure | None:
             color = CYCLE[names.index(name) % len(CYCLE)][0]
             value, stderr = _column(trial, "violations", index), _column(trial, "violation_stderrs", index)
             spread = NORMAL_95 * np.nan_to_num(stderr)
-            axes.fill_between(step, value - spread, value + spread, color=color, alpha=0.18, lw=0)
-            axes.plot(step, value, color=color, lw=1.3)
+            axes.fill_between(step, value - spread, value + spread, color=color, alpha=0.13, lw=0)
+            axes.plot(step, value, color=color, lw=0.8, alpha=0.55)
+            axes.plot(step, _running_mean(value), color=color, lw=2.2)
             edges += [value - spread, value + spread]
         axes.set_title(trial.short_label + ("" if trial.result else " (no result yet)"))
     low, high = np.nanpercentile(np.concatenate(edges), [0.5, 99.5])  # the first wild steps must not flatten the rest
     panels[0].set_ylim(min(low, 0) - 0.06 * (high - low), max(high, 0) + 0.06 * (high - low))
-    figure.supxlabel("primal step", fontsize=12)
-    figure.supylabel(f"violation ({sweep.unit.canonical})", fontsize=12)
-    handles = [Line2D([], [], color=CYCLE[i % len(CYCLE)][0], label=name) for i, name in enumerate(names)]
-    _legend(figure, [*handles, Line2D([], [], color=INK, lw=1.2, label="zero: satisfied at or below")], columns=4)
+    _name_axes(panels, "primal step", f"violation ({sweep.unit.canonical})")
+    handles = [Line2D([], [], color=CYCLE[i % len(CYCLE)][0], lw=2.2, label=name) for i, name in enumerate(names)]
+    _legend(figure, [*handles, Line2D([], [], color=INK, lw=1.2, label="satisfied at or below")], columns=4)
     return figure
 
 
@@ -193,13 +245,12 @@ def histograms(sweep: Sweep) -> Figure | None:
     trials = _thin([trial for trial in sweep.trials if class_counts(trial)])
     if not trials:
         return None
-    figure, panels = _grid(len(trials), 4.6, 2.7, most_columns=2, sharey=True)
+    figure, panels = _grid(len(trials), 4.6, 2.35, most_columns=3, sharey=True)
     some_prior, some_request = False, False
     for axes, trial in zip(panels, trials, strict=True):
         counts = class_counts(trial)
         asked = {name: _class_of(name, [c for c, *_ in counts]) for name in sweep.constraint_names}
-        prior = (trial.result.get("histogram") or {}).get("prior") or sweep.prior
-        prior = dict(zip((c for c, *_ in counts), prior, strict=False)) if isinstance(prior, list) else prior
+        prior = dict(zip((name for name, *_ in counts), trial.result["histogram"].get("prior") or (), strict=False))
         shares = np.array([count / total for _, count, total in counts])
         bounds = np.array([wilson_interval(count, total) for _, count, total in counts])
         colors = [BLUE if name in asked.values() else PALE for name, *_ in counts]
@@ -219,8 +270,7 @@ def histograms(sweep: Sweep) -> Figure | None:
         axes.set_xticklabels([counts[i][0] for i in axes.get_xticks().astype(int)])
         axes.grid(axis="x", visible=False)
         axes.set_title(trial.short_label)
-    figure.supxlabel("class", fontsize=12)
-    figure.supylabel("share of the samples (%)", fontsize=12)
+    _name_axes(panels, "class", "samples (%)")
     handles = [Patch(color=BLUE, label="constrained class"), Patch(color=PALE, label="other class")]
     handles += [Line2D([], [], color=VERMILLION, lw=2.4, label="requested")] if some_request else []
     handles += [Line2D([], [], linestyle=":", color=INK, label="share in the training data")] if some_prior else []
@@ -235,7 +285,7 @@ def samples(sweep: Sweep) -> Figure | None:
         return None
     loaded = _thin(loaded)
     images = loaded[0][1].ndim == 4
-    figure, panels = _grid(len(loaded), 4.6, 2.4 if images else 3.6, most_columns=2)
+    figure, panels = _grid(len(loaded), 4.6, 2.05 if images else 3.6, most_columns=2)
     for axes, (trial, array) in zip(panels, loaded, strict=True):
         axes.set_title(trial.short_label)
         axes.grid(visible=False)
@@ -258,7 +308,9 @@ def _traces_by_constraint(sweep: Sweep, column: str, label: str, exact: str = ""
     ramp = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.86, max(len(asked), 2)))
     colors = {trial.trial_id: ramp[i] for i, trial in enumerate(asked)}
     names = list(dict.fromkeys(name for trial in trials for name in trial.trace_names))[:MOST_PANELS]
-    figure, panels = _grid(len(names), 4.6, 3.6, most_columns=2 if len(names) in (2, 4) else 3, sharex=True, sharey=True)
+    figure, panels = _grid(
+        len(names), 4.6, 3.6, most_columns=2 if len(names) in (2, 4) else 3, sharex=True, sharey=True
+    )
     handles, some_exact = {}, False
     for axes, name in zip(panels, names, strict=True):
         for trial in trials:
@@ -268,14 +320,20 @@ def _traces_by_constraint(sweep: Sweep, column: str, label: str, exact: str = ""
             style = "-" if trial.trial_id in colors else "-."
             step, value = _column(trial, "primal_step"), _column(trial, column, trial.trace_names.index(name))
             axes.plot(step, value, style, color=color)
-            handles[trial.trial_id] = Line2D([], [], color=color, linestyle=style, label=trial.short_label)
+            says = trial.short_label if trial.trial_id in colors else trial.kind.replace("_", " ")
+            handles[says] = Line2D([], [], color=color, linestyle=style, label=says)
             truth = (trial.result.get(exact) or {}).get(name) if exact else None
             if finite(truth):
                 axes.axhline(truth, color=color, ls="--", lw=1.2)
                 some_exact = True
         axes.set_title(name)
-    figure.supxlabel("primal step", fontsize=12)
-    figure.supylabel(label, fontsize=12)
+    tops = [max(max(row[column]) for row in trial.trace) for trial in trials]
+    tops = [top for top in tops if finite(top) and top > 0]
+    if tops and max(tops) > 8 * min(tops):  # a linear axis would press the mild requests flat
+        panels[0].set_yscale("symlog", linthresh=min(tops))
+        panels[0].set_ylim(bottom=0)
+        panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _name_axes(panels, "primal step", label)
     shown = list(handles.values())
     shown = shown if len(shown) <= 12 else _thin(shown, 12)
     shown += [Line2D([], [], color=GREY, linestyle="--", lw=1.2, label="exact, same colour")] if some_exact else []
@@ -324,7 +382,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _grid(count: int, width: float, height: float, *, most_columns: int, **shared: bool) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` panels; the columns are spread over a fixed width so that text keeps its size on the page."""
+    """A figure of ``count`` panels; columns share a fixed width, so that text keeps its size on the page."""
     columns = min(count, most_columns)
     rows = math.ceil(count / columns)
     figure = _figure(9.5, height * rows + 0.8) if columns > 1 else _figure(max(width, 7.5), height + 0.8)
@@ -337,46 +395,94 @@ def _grid(count: int, width: float, height: float, *, most_columns: int, **share
     return figure, panels[:count]
 
 
+def _name_axes(panels: list[Axes], x: str, y: str) -> None:
+    """Label the outer panels only: the first of each row and those of the last row."""
+    columns = panels[0].get_gridspec().ncols
+    for index, axes in enumerate(panels):
+        axes.set_xlabel(x if index // columns == (len(panels) - 1) // columns else "")
+        axes.set_ylabel(y if index % columns == 0 else "")
+
+
 def _legend(figure: Figure, handles: list, *, columns: int) -> None:
     """Below the panels, where it never covers data; handles in a tuple are drawn on top of each other."""
     labels = [(handle[0] if isinstance(handle, tuple) else handle).get_label() for handle in handles]
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(handles)))
 
 
-def _place_labels(axes: Axes, labels: list[tuple[float, float, str]], trials: list[Trial], scale: float) -> None:
-    """Write each label beside its point, on the side where it covers fewest points, bars and other labels."""
+def _place_labels(axes: Axes, trials: list[Trial], everything: list[Trial]) -> None:
+    """Write each trial's label near its point, where it covers fewest points, bars, curves and other labels."""
     figure = axes.figure
     figure.canvas.draw()  # fixes the layout, so that data can be turned into pixels
-    renderer, pixels = figure.canvas.get_renderer(), figure.dpi / 72
+    renderer, point = figure.canvas.get_renderer(), figure.dpi / 72
+    spots = {}
     crowd = []
-    for trial in trials:
-        x, y = trial.achieved[0] * scale, trial.objective
-        dx, dy = _bar(trial.achieved[1] * scale) or 0.0, _bar(trial.objective_stderr) or 0.0
-        offsets = [(t * dx, 0) for t in (-1, -0.5, 0, 0.5, 1)] + [(0, t * dy) for t in (-1, -0.5, 0.5, 1)]
-        crowd += [axes.transData.transform((x + a, y + b)) for a, b in offsets]
-    for line in axes.lines:  # the front and the exact curve, along their length
-        ends = line.get_xydata()
-        for start, end in zip(ends[:-1], ends[1:], strict=True):
-            crowd += [axes.transData.transform(start + t * (end - start)) for t in np.linspace(0, 1, 25)]
+    for trial in everything:
+        scale, objective = trial.unit.scale, trial.objective
+        x, dx, dy = (
+            trial.achieved[0] * scale,
+            _bar(trial.achieved[1] * scale) or 0.0,
+            _bar(trial.objective_stderr) or 0.0,
+        )
+        spots[trial.trial_id] = axes.transData.transform((x, objective))
+        offsets = [(t * dx, 0) for t in (-1, -0.5, 0.5, 1)] + [(0, t * dy) for t in (-1, -0.5, 0.5, 1)]
+        crowd += [axes.transData.transform((x + a, objective + b)) for a, b in offsets]
+        crowd += [
+            spots[trial.trial_id] + 8 * point * np.array([math.sin(a), math.cos(a)])
+            for a in np.linspace(0, 2 * math.pi, 12)
+        ]
+    for line in axes.lines:
+        ends = axes.transData.transform(line.get_xydata())
+        for start, end in pairwise(ends):
+            crowd += [start + t * (end - start) for t in np.linspace(0, 1, max(int(np.hypot(*(end - start)) / 12), 2))]
     crowd, frame, taken = np.array(crowd), axes.get_window_extent(renderer), []
-    sides = [(s * 11, t * 9) for t in (1, -1, 2.4, -2.4) for s in (1, -1)] + [(0, 16), (0, -18), (16, 0), (-16, 0)]
-    for x, y, text in labels:
-        best, best_cost = None, math.inf
+    turns = np.radians([20, 160, -20, -160, 90, -90, 50, 130, -50, -130])
+    sides = [(r * math.cos(a), r * math.sin(a)) for r in (15, 26, 40, 56) for a in turns]
+    for trial in trials:
+        x, y = trial.achieved[0] * trial.unit.scale, trial.objective
+        choices = []
         for dx, dy in sides:
-            align = {"ha": "left" if dx > 0 else "right" if dx < 0 else "center", "va": "bottom" if dy > 0 else "top" if dy < 0 else "center"}
-            note = axes.annotate(text, (x, y), (dx, dy), textcoords="offset points", fontsize=11, color=INK, **align)
-            note.set_in_layout(False)
-            box = note.get_window_extent(renderer).padded(2 * pixels)
+            align = {
+                "ha": "center" if abs(dx) < 3 else "left" if dx > 0 else "right",
+                "va": "bottom" if dy > 0 else "top",
+            }
+            note = axes.annotate(
+                _point_label(trial), (x, y), (dx, dy), textcoords="offset points", fontsize=11, color=INK, **align
+            )
+            box = note.get_window_extent(renderer).padded(2 * point)
+            note.remove()
             inside = (crowd[:, 0] > box.x0) & (crowd[:, 0] < box.x1) & (crowd[:, 1] > box.y0) & (crowd[:, 1] < box.y1)
             outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
-            cost = inside.sum() + 40 * sum(box.overlaps(other) for other in taken) + 40 * outside + 0.01 * math.hypot(dx, dy)
-            if cost < best_cost:
-                if best is not None:
-                    best[0].remove()
-                best, best_cost = (note, box), cost
-            else:
-                note.remove()
-        taken.append(best[1])
+            gaps = {
+                k: math.hypot(max(box.x0 - u, u - box.x1, 0), max(box.y0 - v, v - box.y1, 0))
+                for k, (u, v) in spots.items()
+            }
+            another = min(gaps.values()) < gaps[trial.trial_id] - 0.1  # a reader takes a label for the nearest point's
+            cost = (
+                inside.sum()
+                + 40 * sum(box.overlaps(b) for b in taken)
+                + 40 * outside
+                + 6 * another
+                + 0.1 * math.hypot(dx, dy)
+            )
+            choices.append((cost, (dx, dy), align, box))
+        _, place, align, box = min(choices, key=lambda choice: choice[0])
+        thread = (
+            {"arrowstyle": "-", "color": GREY, "lw": 0.8, "shrinkA": 0, "shrinkB": 7}
+            if math.hypot(*place) > 16
+            else None
+        )
+        note = axes.annotate(
+            _point_label(trial),
+            (x, y),
+            place,
+            textcoords="offset points",
+            fontsize=11,
+            color=INK,
+            arrowprops=thread,
+            **align,
+        )
+        note.set_in_layout(False)
+        taken.append(box)
 
 
 def _thin(items: Iterable, most: int = MOST_PANELS) -> list:
@@ -387,6 +493,17 @@ def _thin(items: Iterable, most: int = MOST_PANELS) -> list:
 def _column(trial: Trial, column: str, index: int | None = None) -> np.ndarray:
     rows = trial.trace[:: max(len(trial.trace) // MOST_POINTS, 1)]
     return np.array([row[column] if index is None else row[column][index] for row in rows], dtype=float)
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Centred mean over about a fifteenth of the trace, over fewer rows at its ends; nan entries are left out."""
+    half = len(values) // 30
+    return np.array([_mean(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))])
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else math.nan
 
 
 def _class_of(constraint: str, classes: list[str]) -> str | None:

@@ -4,13 +4,9 @@ MLflow copies this file into the model and runs it wherever the model is loaded.
 import of this project, and torch and diffusers only once a model is really loaded.
 """
 
-import warnings
-
 import mlflow
 import numpy as np
-
-# MLflow advises hints for the type of the input on every load; this model ignores its input.
-warnings.filterwarnings("ignore", message=r"(?s).*Add type hints to the `predict` method")
+import pandas as pd
 
 SAMPLES_AT_ONCE = 256  # bounds the memory of a large request; the samples do not depend on the requests before it
 
@@ -29,11 +25,12 @@ class DiffusionSampler(mlflow.pyfunc.PythonModel):
         self.pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         self.pipeline.set_progress_bar_config(disable=True)
 
-    def predict(self, context, model_input=None, params=None):
+    def predict(self, context, model_input: pd.DataFrame = None, params=None):
         """Draw samples; the same parameters give the same samples.
 
         Args:
-            model_input: ignored, an unconditional model needs none; MLflow's interface asks for it (None will do).
+            model_input: ignored, an unconditional model needs none; MLflow's interface asks for it (None will do);
+                without a type for it MLflow prints advice on every load.
             params: `num_samples` (>= 1), `num_inference_steps` (1 to the steps trained with), `seed`.
         Returns: float32, shape (num_samples, channels, height, width), in [-1, 1].
         Raises: ValueError if a parameter is out of its range.
@@ -47,7 +44,9 @@ class DiffusionSampler(mlflow.pyfunc.PythonModel):
         if count < 1:
             raise ValueError(f"num_samples is {count}; ask for at least 1 sample")
         if not 1 <= steps <= trained_steps:
-            raise ValueError(f"num_inference_steps is {steps}; the model was trained with {trained_steps}, use 1 to that")
+            raise ValueError(
+                f"num_inference_steps is {steps}; the model was trained with {trained_steps}, use 1 to that"
+            )
         generator = torch.Generator().manual_seed(int(params.get("seed", 0)))
         parts = []
         while count > 0:

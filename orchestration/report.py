@@ -1,7 +1,7 @@
 """The report of a sweep: one self-contained HTML page with its figures and tables, read from the sweep directory alone.
 
 Whatever state the sweep is in, the report says so: trials that failed, are unfinished or never started are named, and a
-file that cannot be read becomes a note on the page, not an error. Nothing of Ray, MLflow or torch is needed to write one.
+file that cannot be read becomes a note on the page, not an error. Nothing of Ray, MLflow or torch is needed for it.
 """
 
 import base64
@@ -51,8 +51,7 @@ class Unit:
 
     def text(self, value: float, stderr: float = math.nan) -> str:
         """The value as a reader writes it, with its 95 % bound where a standard error is known."""
-        bound = f" ± {NORMAL_95 * stderr * self.scale:.2g}" if finite(stderr) else ""
-        return f"{value * self.scale:.3g}{bound}{self.suffix}" if finite(value) else "–"
+        return f"{measured(value * self.scale, stderr * self.scale)}{self.suffix}" if finite(value) else "–"
 
 
 UNITS = {
@@ -119,19 +118,19 @@ class Trial:
         return {name: float(value) for name, value in values.items() if finite(value)}
 
     def user(self, row: dict, what: str) -> float:
-        """Threshold, value or stderr of a result's constraint in the user's unit, which is canonical where less is more."""
+        """Threshold, value or stderr of a result's constraint in the user's unit: canonical where less is more."""
         canonical = {"threshold": "threshold", "value": "metric", "stderr": "metric_stderr"}[what]
         return as_float(row.get(canonical if self.unit.stricter < 0 else f"user_{what}"))
 
     @property
     def requested(self) -> float:
-        """The mildest request, comparable with ``achieved``: smallest share or reward, largest loss; nan without one."""
+        """The mildest request, comparable with ``achieved``: smallest share, largest loss; nan without one."""
         values = [value * self.unit.stricter for value in self.requests.values()]
         return min(values) * self.unit.stricter if values else math.nan
 
     @property
     def achieved(self) -> tuple[float, float]:
-        """(user value, standard error) of the constraint that got least: smallest share or reward, largest loss."""
+        """(user value, standard error) of the constraint that got least: smallest share, largest loss."""
         reached = [(self.user(row, "value"), self.user(row, "stderr")) for row in self.constraints]
         reached = [pair for pair in reached if finite(pair[0])]
         return min(reached, key=lambda pair: pair[0] * self.unit.stricter, default=(math.nan, math.nan))
@@ -151,8 +150,8 @@ class Trial:
 
     @property
     def cost_text(self) -> str:
-        bound = f" ± {NORMAL_95 * self.objective_stderr:.2g}" if finite(self.objective_stderr) else ""
-        return f"{number(self.objective)}{bound} {(self.result.get('objective') or {}).get('unit', 'nats')}"
+        unit = (self.result.get("objective") or {}).get("unit", "nats")
+        return f"{measured(self.objective, self.objective_stderr)} {unit}"
 
     @property
     def error_line(self) -> str:
@@ -162,14 +161,13 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A sweep directory in memory; ``notes`` says what could not be read, ``prior`` holds class shares of the data."""
+    """A sweep directory in memory; ``notes`` says what could not be read."""
 
     directory: Path
     config: dict
     unit: Unit
     trials: tuple[Trial, ...]
     notes: tuple[str, ...] = ()
-    prior: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -177,7 +175,10 @@ class Sweep:
 
     @property
     def method(self) -> str:
-        return str(self.config.get("method") or next((t.result["method"] for t in self.trials if t.result.get("method")), "unknown"))
+        return str(
+            self.config.get("method")
+            or next((t.result["method"] for t in self.trials if t.result.get("method")), "unknown")
+        )
 
     @property
     def objective_meaning(self) -> str:
@@ -193,7 +194,7 @@ class Sweep:
         return [trial for trial in self.trials if trial.kind in kinds]
 
     def front(self, *also: str) -> list[Trial]:
-        """Constrained trials whose certificate is feasible (or ``also``) and that no other such beats, mildest first."""
+        """Constrained trials whose certificate is feasible (or ``also``) that no other such beats, mildest first."""
         trials = [trial for trial in self.of_kind("constrained") if trial.drawable]
         if not trials:
             return []
@@ -234,6 +235,15 @@ def as_float(value: object) -> float:
 
 def number(value: object, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if finite(value) else "–"
+
+
+def measured(value: float, stderr: float) -> str:
+    """``value ± 1.96 s.e.``, both to the second digit of the bound; three digits where no standard error is known."""
+    half = NORMAL_95 * stderr
+    if not (finite(half) and half > 0):
+        return number(value)
+    decimals = max(1 - math.floor(math.log10(half)), 0)
+    return f"{value:.{decimals}f} ± {half:.{decimals}f}"
 
 
 def listed(words: list[str], most: int = 8) -> str:
@@ -282,7 +292,9 @@ def load_sweep(sweep_dir: Path, *, traces: bool = True) -> Sweep:
         results[trial_id] = _read(path, json.loads, dict, notes) or {}
     asked = config.get("thresholds") or {}
     relative = bool(asked.get("relative"))
-    unit = UNITS.get(asked.get("unit")) or next((UNITS[r["unit"]] for r in results.values() if r.get("unit") in UNITS), UNITS["nats"])
+    unit = UNITS.get(asked.get("unit")) or next(
+        (UNITS[r["unit"]] for r in results.values() if r.get("unit") in UNITS), UNITS["nats"]
+    )
     trials = []
     for trial_id, result in results.items():
         known = {**points.get(trial_id, {}), **{key: value for key, value in result.items() if value is not None}}
@@ -306,16 +318,14 @@ def load_sweep(sweep_dir: Path, *, traces: bool = True) -> Sweep:
             )
         )
     trials.sort(key=_position)
-    calibration = _read(sweep_dir / "base" / "calibration.json", json.loads, dict, notes) or {}
-    prior = {str(name): share for name, share in (calibration.get("prior") or {}).items() if finite(share)}
-    return Sweep(directory=sweep_dir, config=config, unit=unit, trials=tuple(trials), notes=tuple(notes), prior=prior)
+    return Sweep(directory=sweep_dir, config=config, unit=unit, trials=tuple(trials), notes=tuple(notes))
 
 
 def frontier_table(sweep_dir: Path) -> list[dict]:
     """One dict a trial, baselines first and then from the mildest to the strictest request; numbers are nan if unknown.
 
-    ``requested`` and ``achieved`` are user values of the constraint that got least, ``unit`` their unit; ``objective`` is
-    in nats; ``verdict`` is feasible, infeasible, undecided or empty where nothing was asked or nothing came out.
+    ``requested`` and ``achieved`` are user values of the constraint that got least, ``unit`` their unit; ``objective``
+    is in nats; ``verdict`` is feasible, infeasible, undecided or empty where nothing was asked or nothing came out.
     """
     sweep = load_sweep(sweep_dir, traces=False)
     front = {trial.trial_id for trial in sweep.front()}
@@ -327,7 +337,7 @@ def write_report(sweep_dir: Path, out: Path | None = None) -> ReportPaths:
 
     Raises: ValueError if there is no sweep at ``sweep_dir``.
     """
-    # Here and not above: matplotlib takes half a second to import, and the command line's closing table needs none of it.
+    # Here and not above: matplotlib is slow to import, and the command line's closing table needs none of it.
     from dualsweep.orchestration.figures import draw_figures
 
     sweep = load_sweep(sweep_dir)
@@ -336,7 +346,9 @@ def write_report(sweep_dir: Path, out: Path | None = None) -> ReportPaths:
     tables = _write_tables(sweep, out / "tables")
     figures = draw_figures(sweep, out)
     template = resources.files("dualsweep.orchestration").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"num": number, "listed": listed}
     environment.tests["finite"] = finite
     page = environment.from_string(template).render(
@@ -429,7 +441,7 @@ def _read(path: Path, parse, kind: type, notes: list[str]):
         return None
     try:
         content = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:  # half-written or damaged: the rest of the sweep still counts
+    except (OSError, ValueError, yaml.YAMLError) as error:  # half-written or damaged: the rest counts
         notes.append(f"{path.parent.name}/{path.name} could not be read: {str(error).splitlines()[0]}")
         return None
     if not isinstance(content, kind):

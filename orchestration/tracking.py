@@ -73,15 +73,16 @@ def check_tracking(uri: str, timeout: float = 10.0) -> None:
 
     Raises: ValueError naming `tracking.uri`, its value (without password) and the remedy.
     """
-    field_and_value = f"tracking.uri = {re.sub(r'(://[^:/@]*):[^@/]*@', r'\1:***@', uri)!r}"
+    field_and_value = f"tracking.uri = {_without_password(uri)!r}"
     scheme = urlsplit(uri).scheme.split("+")[0]
     if _SQLITE.match(uri) or scheme == "sqlite":
         _check_sqlite(uri, field_and_value)
     elif scheme in ("http", "https") or scheme in _DATABASES:
         probe = _probe_database if scheme in _DATABASES else _probe_server
         remedy = (
-            "start it (mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:////absolute/path/mlflow.db), "
-            "correct the address, or leave tracking.uri out to write to SQLite beside the sweep"
+            "start it (mlflow server --host 127.0.0.1 --port 5000 "
+            "--backend-store-uri sqlite:////absolute/path/mlflow.db), correct the address, "
+            "or leave tracking.uri out to write to SQLite beside the sweep"
         )
         outcome: list[Exception | None] = []
         # A thread, because neither name resolution nor a server that sends a byte a second knows a total time limit.
@@ -91,7 +92,7 @@ def check_tracking(uri: str, timeout: float = 10.0) -> None:
         if not outcome:
             raise ValueError(f"{field_and_value}: no answer within {timeout:g} s; {remedy}")
         if (error := outcome[0]) is not None:
-            text = str(error)
+            text = _without_password(str(error))
             if "403" in text or "401" in text:
                 remedy = "give the server this host name (mlflow server --allowed-hosts), or set " + (
                     "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
@@ -104,10 +105,16 @@ def check_tracking(uri: str, timeout: float = 10.0) -> None:
         )
 
 
+def _without_password(text: str) -> str:
+    return re.sub(r"(://[^:/@\s]*):[^@/\s]*@", r"\1:***@", text)
+
+
 def _check_sqlite(uri: str, field_and_value: str) -> None:
     path = Path(_SQLITE.sub("", uri, count=1))
     if not _SQLITE.match(uri) or not path.is_absolute():
-        raise ValueError(f"{field_and_value}: not an absolute file; write sqlite:////absolute/path/mlflow.db (4 slashes)")
+        raise ValueError(
+            f"{field_and_value}: not an absolute file; write sqlite:////absolute/path/mlflow.db (4 slashes)"
+        )
     if "%" in str(path) or "?" in str(path):
         raise ValueError(f"{field_and_value}: MLflow cannot open a path with % or ?; choose another folder")
     folder = next(parent for parent in path.parents if parent.exists())
@@ -491,7 +498,9 @@ class Tracker:
             tags["mlflow.parentRunId"] = self._run_id(None)
         query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         experiment_id = self._experiment()
-        found = self._client().search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"])
+        found = self._client().search_runs(
+            [experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"]
+        )
         if found:
             self._run_ids[trial_id] = found[0].info.run_id
         else:
@@ -499,9 +508,7 @@ class Tracker:
             self._run_ids[trial_id] = self._client().create_run(experiment_id, run_name=name, tags=tags).info.run_id
         return self._run_ids[trial_id]
 
-    def _describe(
-        self, trial_id: str | None, params: Mapping[str, Any], tags: Mapping[str, str], reopen: bool
-    ) -> None:
+    def _describe(self, trial_id: str | None, params: Mapping[str, Any], tags: Mapping[str, str], reopen: bool) -> None:
         """Parameters not there yet (MLflow never changes one; a changed one becomes a tag), tags, and the status."""
         from mlflow.entities import Param
 
@@ -558,12 +565,12 @@ class Tracker:
 
         run_id = self._run_id(trial_id)
         shown = self._client().get_run(run_id).data.metrics
-        now = int(time.time() * 1000)
-        new = [
-            Metric(clean, float(value), now, step, model_id=self._model_ids.get(trial_id))
-            for key, value in metrics.items()
-            if value is not None and math.isfinite(value) and shown.get(clean := "/".join(map(clean_name, key.split("/")))) != value
-        ]
+        now, model_id = int(time.time() * 1000), self._model_ids.get(trial_id)
+        new = []
+        for name, value in metrics.items():
+            key = "/".join(clean_name(part) for part in name.split("/"))
+            if value is not None and math.isfinite(value) and shown.get(key) != value:
+                new.append(Metric(key, float(value), now, step, model_id=model_id))
         for start in range(0, len(new), METRICS_PER_BATCH):
             self._client().log_batch(run_id, metrics=new[start : start + METRICS_PER_BATCH])
         self._set_tags(run_id, tags)
@@ -725,12 +732,10 @@ def _save_pyfunc(folder: Path, scratch: Path, model: Any, run_id: str) -> None:
     size = unet["sample_size"]
     height, width = size if isinstance(size, list) else (size, size)
     defaults = {"num_samples": 16, "num_inference_steps": schedule["num_train_timesteps"], "seed": 0}
-    # The folder in the model takes the name of what it is copied from.
-    (scratch / "pipeline").symlink_to(folder.resolve(), target_is_directory=True)
     mlflow.pyfunc.save_model(
         str(scratch / "model"),
         python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-        artifacts={"pipeline": str(scratch / "pipeline")},
+        artifacts={"pipeline": str(folder.resolve())},  # MLflow follows no link
         signature=ModelSignature(
             outputs=Schema([TensorSpec(np.dtype("float32"), (-1, unet["out_channels"], height, width))]),
             params=ParamSchema([ParamSpec(name, DataType.long, value) for name, value in defaults.items()]),

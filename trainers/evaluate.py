@@ -64,6 +64,7 @@ class Evaluation:
     objective: float  # KL(q||p) - KL(q||p_base), nats
     objective_stderr: float
     measurement: Measurement
+    held_out_errors: np.ndarray  # `weighted_errors` of every held-out sample, to compare runs pair by pair
     class_counts: list[int]
     samples: np.ndarray  # a few, for the report's grid
 
@@ -102,6 +103,7 @@ def evaluate(
         objective=float(gap.mean()),
         objective_stderr=float(gap.std(ddof=1) / np.sqrt(len(gap))),
         measurement=measurement,
+        held_out_errors=errors,
         class_counts=[int(c) for c in counts],
         samples=samples[: config["grid_samples"]],
     )

@@ -128,7 +128,9 @@ class _Trial:
                 break
         if self.is_base:
             return self._finish_base(train)
-        return self._finish(train, problem, reply, status)
+        if status == "stopped":  # the slot is wanted for the next point: no evaluation, no claim
+            return self._summary(train, reply, status)
+        return self._finish(train, problem, reply)
 
     # -- the problem ---------------------------------------------------------------------------------------------
 
@@ -274,7 +276,7 @@ class _Trial:
         workspace.accelerator.wait_for_everyone()
         return result
 
-    def _finish(self, train: TrainState, problem: Problem, reply: Reply, status: str) -> dict[str, Any] | None:
+    def _finish(self, train: TrainState, problem: Problem, reply: Reply) -> dict[str, Any] | None:
         workspace, config, data = self.workspace, self.workspace.config, self.workspace.data
         result = None
         if workspace.rank == 0:
@@ -292,62 +294,79 @@ class _Trial:
                 config=config["evaluation"],
                 seed=config["seed"],
             )
-            result = self._result(train, problem, reply, status, evaluation)
+            result = self._result(train, problem, reply, evaluation)
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "model", lambda folder: save_model(ema, workspace.schedule, folder))
             np.save(self.folder / "samples.npy", evaluation.samples.astype(np.float32))
+            np.save(self.folder / "held_out_errors.npy", evaluation.held_out_errors)
         workspace.accelerator.wait_for_everyone()
         return result
 
-    def _result(self, train: TrainState, problem: Problem, reply: Reply, status: str, evaluation: Evaluation) -> dict[str, Any]:
-        workspace, config, assignment = self.workspace, self.workspace.config, self.assignment
-        certificate = None
+    def _summary(self, train: TrainState, reply: Reply, status: str) -> dict[str, Any]:
+        """The part of a result that needs no evaluation."""
         state = DualState.from_dict(reply.dual_state) if self.names else None
-        if assignment.kind == "constrained":
-            measurement = evaluation.measurement
+        exact = self._exact()
+        return {
+            "trial_id": self.assignment.trial_id,
+            "label": self.assignment.label,
+            "kind": self.assignment.kind,
+            "status": status,
+            "error": None,
+            "method": self.workspace.config["method"],
+            "unit": self.unit,
+            "thresholds": self.assignment.thresholds,
+            "fixed_weight": self.assignment.fixed_weight,
+            "multipliers": dict(zip(self.names, reply.multipliers, strict=True)),
+            "averaged_multipliers": self._averaged_multipliers(),
+            "exact_multipliers": dict(zip(self.names, exact.tolist(), strict=True)) if exact is not None else None,
+            "relaxations": dict(zip(self.names, state.relaxations.tolist(), strict=True)) if state else {},
+            "primal_steps": train.primal_step,
+            "dual_steps": train.dual_step,
+            "wall_seconds": time.time() - self.started,
+            "startup_seconds": self.first_step - self.assignment.handed_over if self.first_step and self.assignment.handed_over else None,
+            "objective": None,
+            "exact_objective": class_restriction_objective(exact, self._prior()) if exact is not None else None,
+            "constraints": [],
+            "certificate": None,
+            "histogram": None,
+        }
+
+    def _averaged_multipliers(self) -> dict[str, float]:
+        """Mean over the last third of the dual steps: what noisy multipliers settle around."""
+        if not self.names or self.workspace.rank != 0:
+            return {}
+        rows = self.dual.trace(self.assignment.trial_id)
+        late = [row["multipliers"] for row in rows[-max(1, len(rows) // 3) :]]
+        return dict(zip(self.names, np.mean(late, axis=0).tolist(), strict=True)) if late else {}
+
+    def _result(self, train: TrainState, problem: Problem, reply: Reply, evaluation: Evaluation) -> dict[str, Any]:
+        workspace, config, measurement = self.workspace, self.workspace.config, evaluation.measurement
+        certificate = None
+        if self.assignment.kind == "constrained":
             certificate = certify(
                 problem,
-                state,
+                DualState.from_dict(reply.dual_state),
                 problem.violation(measurement.metrics),
                 measurement.stderrs,
                 measurement.counts,
                 tolerance=config["evaluation"]["tolerance"],
                 confidence=config["evaluation"]["confidence"],
             ).to_dict()
-        rows = self.dual.trace(assignment.trial_id)
-        late = [row["multipliers"] for row in rows[-max(1, len(rows) // 3) :]]
-        exact = self._exact()
+        classes = range(len(workspace.data.class_names))
         labeller = workspace.evaluation_labeller
         return {
-            "trial_id": assignment.trial_id,
-            "label": assignment.label,
-            "kind": assignment.kind,
-            "status": status,
-            "error": None,
-            "method": config["method"],
-            "unit": self.unit,
-            "thresholds": assignment.thresholds,
-            "fixed_weight": assignment.fixed_weight,
-            "multipliers": dict(zip(self.names, reply.multipliers, strict=True)),
-            "averaged_multipliers": dict(zip(self.names, np.mean(late, axis=0).tolist(), strict=True)) if self.names else {},
-            "exact_multipliers": dict(zip(self.names, exact.tolist(), strict=True)) if exact is not None else None,
-            "relaxations": dict(zip(self.names, state.relaxations.tolist(), strict=True)) if state else {},
-            "primal_steps": train.primal_step,
-            "dual_steps": train.dual_step,
-            "wall_seconds": time.time() - self.started,
-            "startup_seconds": (self.first_step or self.started) - assignment.handed_over if assignment.handed_over else None,
+            **self._summary(train, reply, "completed"),
             "objective": {
                 "value": evaluation.objective,
                 "stderr": evaluation.objective_stderr,
                 "unit": "nats",
                 "meaning": "KL(q||p) above the pretrained model's, on held-out main data",
             },
-            "exact_objective": class_restriction_objective(exact, self._prior()) if exact is not None else None,
-            "constraints": self._constraint_rows(problem, evaluation.measurement),
+            "constraints": self._constraint_rows(problem, measurement),
             "certificate": certificate,
             "histogram": {
                 "classes": [str(name) for name in workspace.data.class_names],
-                "prior": [workspace.data.prior.get(index, 0.0) for index in range(len(workspace.data.class_names))],
+                "prior": [workspace.data.prior.get(index, 0.0) for index in classes],
                 "counts": evaluation.class_counts,
                 "total": sum(evaluation.class_counts),
                 "classifier": labeller.description,

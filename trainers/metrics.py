@@ -23,8 +23,8 @@ class Measurement:
 
 def mean_and_stderr(total: float, squares: float, count: float) -> tuple[float, float]:
     """Mean of `count` independent draws and its standard error, from their sum and sum of squares."""
-    mean = total / count
-    variance = max(squares / count - mean * mean, 0.0) * count / max(count - 1, 1)
+    mean = float(total / count)
+    variance = max(float(squares / count) - mean * mean, 0.0) * count / max(count - 1, 1)
     return mean, math.sqrt(variance / count)
 
 

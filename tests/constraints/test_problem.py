@@ -103,7 +103,7 @@ def test_repeated_names_and_caps_that_do_not_match_are_refused():
     twice = (Constraint(name="c", unit="loss", threshold=1.0),) * 2
     with pytest.raises(ValueError, match=r"repeated names \['c'\]"):
         fairness(constraints=twice)
-    with pytest.raises(ValueError, match="domain.caps"):
+    with pytest.raises(ValueError, match=r"domain\.caps"):
         fairness(0.1, 0.2, domain=Capped((0.1,)))
 
 

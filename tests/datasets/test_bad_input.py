@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from dualsweep.datasets import DatasetSpec, MinoritySpec, validate_spec
 
 MIXTURE = {"dataset": "gaussian_mixture", "means": ((0.0,), (3.0,)), "stds": (1.0, 1.0)}

@@ -4,10 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from dualsweep.datasets import DatasetSpec, LabelledSet, MinoritySpec, build, validate_spec
-from dualsweep.datasets.constrained_data import split_by_class
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dualsweep.datasets import DatasetSpec, LabelledSet, MinoritySpec, build, validate_spec
+from dualsweep.datasets.constrained_data import split_by_class
 
 DIGITS = DatasetSpec(minority=MinoritySpec(classes=(4, 5, 7), keep=0.1))
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from dualsweep.datasets.gaussians import GaussianMixture
 
 MIXTURE = GaussianMixture([[0.0, 0.0], [2.0, 1.0], [-1.0, 2.0]], [[0.3, 0.5], [0.4, 0.2], [0.6, 0.6]], [6, 3, 1])

@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+
 from dualsweep.datasets import BadImageError, DatasetSpec, MinoritySpec, build, validate_spec
 from dualsweep.datasets.images import decode_image
-from PIL import Image
 
 
 def picture(value: int, *, size=6, channels=1) -> np.ndarray:
@@ -170,6 +171,15 @@ def test_a_broken_file_in_a_folder_is_named_or_counted(tmp_path):
     assert build(DatasetSpec(dataset="folder", path=str(tmp_path), on_bad_image="skip")).skipped == 1
 
 
+def test_pictures_skipped_in_the_test_source_count_too(tmp_path):
+    write_folder(tmp_path / "train")
+    write_folder(tmp_path / "test")
+    for part in ("train", "test"):
+        (tmp_path / part / "dog" / "2.png").write_bytes(BROKEN["not an image"])
+    train, test = str(tmp_path / "train"), str(tmp_path / "test")
+    assert build(DatasetSpec(dataset="folder", path=train, test_path=test, on_bad_image="skip")).skipped == 2
+
+
 def test_a_class_that_lost_all_its_pictures_is_named(tmp_path):
     write_folder(tmp_path)
     for file in (tmp_path / "dog").iterdir():
@@ -187,6 +197,8 @@ def test_a_cut_off_idx_file_names_the_first_missing_picture_or_counts(tmp_path):
             build(DatasetSpec(dataset="idx", path=str(images)))
         data = build(DatasetSpec(dataset="idx", path=str(images), on_bad_image="skip"))
         assert data.skipped == 2 and len(data.reference) == 10
+        order = np.argsort(data.reference.samples[:, 0, 0, 0])
+        assert data.reference.labels[order].tolist() == LABELS[:10]
 
 
 def test_a_damaged_gzip_stream_is_a_cut_off_file(tmp_path):

@@ -6,9 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from dualsweep.datasets.streams import Streams, shard_draw, stream_key
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dualsweep.datasets.streams import Streams, shard_draw, stream_key
 
 SHAPE = (1, 4, 4)
 GOLDEN_KEY = [11745160666943418229, 12458495832531305669]

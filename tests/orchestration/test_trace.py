@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
+
 from dualsweep.orchestration.trace import (
     COLUMNS,
     VECTOR_COLUMNS,

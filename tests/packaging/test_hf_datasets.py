@@ -1,7 +1,7 @@
 """Hugging Face's ``datasets`` stays importable on the driver and on a Ray worker, also from the repository root.
 
-Our folder ``datasets`` has the name of their library. Ray puts the driver's working directory first on the path of every
-worker, so a sweep started from the repository root would find ours there; the command line leaves that directory first.
+Our folder ``datasets`` has the name of their library. Ray puts the driver's working directory first on the path of
+every worker, so a sweep started from the repository root would find ours there; the command line leaves it first.
 Every test runs a new interpreter: the path and the modules of the one that runs pytest would prove nothing.
 """
 
@@ -95,15 +95,7 @@ def test_a_worker_of_a_driver_that_stays_finds_our_folder():
 @pytest.mark.ray
 @pytest.mark.slow
 def test_driver_and_worker_find_hugging_face_once_the_driver_has_left():
-    found = probe(LEFT)
-    assert found["driver"]["is_hugging_face"], found
-    assert found["worker"]["is_hugging_face"], found
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_root_on_pythonpath_is_left_too():
-    """Workers inherit the variable, so the driver's own path is not all there is to clean."""
+    """PYTHONPATH too: workers inherit it, so the driver's own path is not all there is to clean."""
     found = probe(LEFT, PYTHONPATH=str(ROOT))
     assert found["driver"]["is_hugging_face"], found
     assert found["worker"]["is_hugging_face"], found
@@ -117,8 +109,9 @@ def test_the_sweep_command_leaves_before_it_starts_ray(tmp_path):
     assert found["worker"]["is_hugging_face"], found
 
 
-@pytest.mark.parametrize(
-    "command", [[str(Path(sys.executable).parent / "dualsweep")], [sys.executable, "-m", "dualsweep"]], ids=["script", "-m"]
-)
+CONSOLE_SCRIPT = str(Path(sys.executable).parent / "dualsweep")
+
+
+@pytest.mark.parametrize("command", [[CONSOLE_SCRIPT], [sys.executable, "-m", "dualsweep"]], ids=["script", "module"])
 def test_the_command_runs_from_the_repository_root(command):
     assert "sweep" in run_from_the_root(*command, "--help")

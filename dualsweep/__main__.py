@@ -1,0 +1,5 @@
+"""`python -m dualsweep`."""
+
+from dualsweep.cli import main
+
+main()

@@ -1,0 +1,188 @@
+"""The command line. Exit codes: 0 done, 1 some trials failed (named), 2 bad input (nothing started), 130 interrupted."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dualsweep import __version__
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Threshold sweeps of constrained diffusion training.")
+console = Console()
+errors = Console(stderr=True)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="FILE", help="A sweep's YAML file.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Fields to override.", show_default=False)]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default RAY_ADDRESS, else Ray is started here.", show_default=False)]
+Storage = Annotated[str | None, typer.Option(help="Folder of the sweeps; default DUALSWEEP_STORAGE, else ./runs.", show_default=False)]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A sweep's name.", show_default=False)]
+
+
+@app.command()
+def sweep(
+    file: ConfigFile,
+    overrides: Overrides = None,
+    address: Address = None,
+    fresh_name: Annotated[bool, typer.Option("--fresh-name", help="Append a number to the name when it is taken.")] = False,
+) -> None:
+    """Run a sweep: every threshold of FILE, the baselines, and the report."""
+    from dualsweep.orchestration.config import load_config
+    from dualsweep.orchestration.preflight import fresh_name as free_name
+    from dualsweep.orchestration.sweep import run_sweep
+
+    config = load_config(file, overrides or [])
+    _finish(run_sweep(free_name(config) if fresh_name else config, address=address, console=console))
+
+
+@app.command()
+def train(
+    file: ConfigFile,
+    overrides: Overrides = None,
+    address: Address = None,
+    at: Annotated[list[str] | None, typer.Option(metavar="AXIS=VALUE", help="Threshold of an axis, such as minority=0.1; default the first point of FILE.")] = None,
+) -> None:
+    """Train one point of FILE, without baselines."""
+    from dualsweep.orchestration.config import load_config
+    from dualsweep.orchestration.preflight import first_point
+    from dualsweep.orchestration.sweep import run_sweep
+
+    _finish(run_sweep(first_point(load_config(file, overrides or []), at or []), address=address, console=console))
+
+
+@app.command()
+def resume(name: Name, storage: Storage = None, address: Address = None) -> None:
+    """Go on with an interrupted sweep: finished trials are kept, the others continue from their checkpoints."""
+    from dualsweep.orchestration.sweep import run_sweep, stored_config
+
+    _finish(run_sweep(stored_config(name, _root(storage)), resume=True, address=address, console=console))
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A sweep's name; without it, all sweeps.", show_default=False)] = None,
+    storage: Storage = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep showing it until Ctrl-C.")] = False,
+) -> None:
+    """Show where a sweep stands, whether it is running or not."""
+    from dualsweep.orchestration.status import follow_status, list_sweeps, status_table
+
+    root = _root(storage)
+    if name is None:
+        console.print(list_sweeps(root))
+    elif follow:
+        follow_status(root, name, console)
+    else:
+        console.print(status_table(root, name))
+
+
+@app.command()
+def report(name: Name, storage: Storage = None, track: Annotated[bool, typer.Option(help="Also log it to the sweep's MLflow run.")] = True) -> None:
+    """Write the report of a sweep again."""
+    from dualsweep.orchestration.status import rewrite_report
+
+    console.print(f"report   {rewrite_report(_root(storage), name, track=track)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def sync(name: Name, storage: Storage = None) -> None:
+    """Deliver to MLflow what it has not got yet, from the sweep's folder; each row once."""
+    from dualsweep.orchestration.status import deliver_again
+
+    left = deliver_again(_root(storage), name)
+    console.print("everything is in MLflow" if not left else f"{left} items could not be delivered; is the server up?")
+    raise typer.Exit(1 if left else 0)
+
+
+@app.command()
+def sample(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, such as runs/NAME/trials/ID/model.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("samples.png"),
+    count: Annotated[int, typer.Option(min=1, max=10_000)] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Draw samples from a trained model."""
+    from dualsweep.orchestration.status import draw_samples
+
+    console.print(f"samples  {draw_samples(model, out, count=count, steps=steps, seed=seed)}", highlight=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a sweep's file, for editors."""
+    from dualsweep.orchestration.config import SweepConfig
+
+    typer.echo(json.dumps(SweepConfig.model_json_schema(), indent=2))
+
+
+@app.command()
+def doctor(storage: Storage = None, address: Address = None) -> None:
+    """Check what this machine (and, with an address, a cluster) can run, and what is missing."""
+    from dualsweep.orchestration.doctor import check_everything
+
+    rows = check_everything(_root(storage), address)
+    table = Table("", "what", "found", "remedy")
+    for row in rows:
+        table.add_row("[green]ok[/]" if row.ok else "[red]missing[/]", row.what, row.found, row.remedy)
+    console.print(table)
+    raise typer.Exit(0 if all(row.ok for row in rows) else 1)
+
+
+def _root(storage: str | None) -> Path:
+    from dualsweep.orchestration.storage import storage_root
+
+    return storage_root(storage or os.environ.get("DUALSWEEP_STORAGE") or "runs")
+
+
+def _finish(outcome) -> None:
+    if outcome.table:
+        console.print(_closing_table(outcome.table))
+    if outcome.report:
+        console.print(f"report   {outcome.report}", highlight=False, soft_wrap=True)
+    console.print(f"mlflow   mlflow ui --backend-store-uri {outcome.tracking_uri}", highlight=False, soft_wrap=True)
+    for label, error in outcome.failed.items():
+        errors.print(f"[red]failed[/]   {label}: {error}", highlight=False, soft_wrap=True)
+    if outcome.undelivered:
+        errors.print(f"MLflow has not got {outcome.undelivered} items; `dualsweep sync {outcome.folder.name}` delivers them", highlight=False)
+    if outcome.cpus_held:
+        errors.print(f"Ray still holds {outcome.cpus_held:g} CPUs of this sweep", highlight=False)
+    if outcome.status == "interrupted":
+        console.print(f"interrupted; `dualsweep resume {outcome.folder.name}` goes on", highlight=False)
+    raise typer.Exit(outcome.exit_code)
+
+
+def _closing_table(rows: list[dict]) -> Table:
+    keys = list(rows[0])
+    table = Table(*keys, title="result", title_justify="left")
+    for row in rows:
+        table.add_row(*("" if row[key] is None else f"{row[key]:.4g}" if isinstance(row[key], float) else str(row[key]) for key in keys))
+    return table
+
+
+@app.callback(invoke_without_command=True)
+def version_option(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: bad input is one line on stderr and exit code 2."""
+    from dualsweep.orchestration.config import ConfigError
+
+    try:
+        app(standalone_mode=True)
+    except ConfigError as error:
+        errors.print(f"[red]error[/] {error}", highlight=False, soft_wrap=True, markup=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Joining a Ray cluster or starting a local one, quietly and bound to loopback; what it can place."""
+
+import logging
+import os
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dualsweep.orchestration.config import ComputeConfig, ConfigError
+
+# Ray reads these when it is imported or starts its processes, so they are set before `import ray` wherever possible.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+def quiet_environment() -> None:
+    """Settings for Ray's processes; a user's own values win."""
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+
+
+def leave_repository_root() -> None:
+    """Move to a neutral folder and take the old one off the import path.
+
+    Ray puts the driver's working directory in front of site-packages of every worker. Started from this repository's
+    root, `import datasets` would then find our folder instead of Hugging Face's library, on the driver and on workers.
+    Resolve relative paths before calling this.
+    """
+    here = Path.cwd()
+    if not (here / "constraints" / "__init__.py").exists() and not (here / "datasets" / "__init__.py").exists():
+        return
+    neutral = Path.home() if Path.home().is_dir() and Path.home() != here else Path("/")
+    os.chdir(neutral)
+    sys.path[:] = [entry for entry in sys.path if entry and Path(entry).absolute() != here]
+
+
+@dataclass(frozen=True)
+class ClusterInfo:
+    """What the joined cluster can hold."""
+
+    local: bool
+    cpus: float
+    gpus: float
+    nodes: int
+    address: str
+
+
+def start_ray(*, address: str | None = None, num_cpus: int | None = None) -> ClusterInfo:
+    """Join the cluster at `address` or RAY_ADDRESS, or start a local one bound to loopback.
+
+    The dashboard stays on: without it Ray Train leaks the placement groups of trials that a scheduler stops.
+    Raises: ConfigError when the given address does not answer.
+    """
+    quiet_environment()
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    wanted = address or os.environ.get("RAY_ADDRESS")
+    if not ray.is_initialized():
+        if wanted:
+            try:
+                ray.init(address=wanted, logging_level=logging.ERROR, log_to_driver=False)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ConfigError(
+                    f"address: no Ray cluster answers at {wanted!r} ({' '.join(str(error).split())[:200]}); start one with "
+                    "`ray up cluster.yaml`, or unset RAY_ADDRESS to run on this machine"
+                ) from None
+        else:
+            # One machine, loopback only: a token would only leave a file in the home folder.
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            with _stderr_to_null():
+                ray.init(
+                    num_cpus=num_cpus,
+                    include_dashboard=True,
+                    dashboard_host="127.0.0.1",
+                    _node_ip_address="127.0.0.1",
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                )
+    resources = ray.cluster_resources()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return ClusterInfo(
+        local=not wanted,
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
+        nodes=len(nodes),
+        address=ray.get_runtime_context().gcs_address,
+    )
+
+
+def stop_ray(info: ClusterInfo) -> None:
+    """Leave a joined cluster; end a local one."""
+    import ray
+
+    ray.shutdown()
+
+
+def local_cpus() -> int:
+    """CPUs a local Ray would offer: those this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def slots_for(compute: ComputeConfig, info: ClusterInfo) -> int:
+    """Worker groups that run side by side.
+
+    Raises: ConfigError when not even one group fits into what the cluster has.
+    """
+    fit = groups_that_fit(compute, info.cpus, info.gpus)
+    if fit < 1:
+        raise ConfigError(_too_large(compute, info.cpus, info.gpus, "the cluster"))
+    if compute.concurrent_trials == "auto":
+        return fit
+    return min(compute.concurrent_trials, fit)
+
+
+def groups_that_fit(compute: ComputeConfig, cpus: float, gpus: float) -> int:
+    workers = max(1, compute.workers)
+    fit = int(cpus // (workers * compute.cpus_per_worker))
+    if compute.gpus_per_worker:
+        fit = min(fit, int(gpus / (workers * compute.gpus_per_worker) + 1e-9))
+    return fit
+
+
+def check_fits_locally(compute: ComputeConfig) -> None:
+    """Refuse what this machine can never hold, before Ray starts. Raises: ConfigError."""
+    import torch
+
+    cpus, gpus = local_cpus(), torch.cuda.device_count()
+    if groups_that_fit(compute, cpus, gpus) < 1:
+        raise ConfigError(_too_large(compute, cpus, gpus, "this machine"))
+
+
+def _too_large(compute: ComputeConfig, cpus: float, gpus: float, where: str) -> str:
+    workers = max(1, compute.workers)
+    gpu = f" and {workers * compute.gpus_per_worker:g} GPUs" if compute.gpus_per_worker else ""
+    return (
+        f"compute.workers={compute.workers}: one trial needs {workers * compute.cpus_per_worker} CPUs{gpu}, but {where} has "
+        f"{cpus:g} CPUs and {gpus:g} GPUs; lower compute.workers, cpus_per_worker or gpus_per_worker, or join a larger cluster"
+    )
+
+
+def wait_until_free(timeout_s: float = 20.0) -> float:
+    """Wait until every CPU of the cluster is free again. Returns: CPUs still held when the time was over (0: none)."""
+    import ray
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        held = ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0)
+        if held <= 0 or time.monotonic() >= deadline:
+            return max(0.0, held)
+        time.sleep(0.2)
+
+
+@contextmanager
+def _stderr_to_null():
+    """Ray's C++ core writes start-up notes straight to the file descriptor."""
+    saved = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)

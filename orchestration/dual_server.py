@@ -1,0 +1,275 @@
+"""The central Ray actor: multipliers, trace and leases of every trial of a sweep.
+
+It holds no CPU. Changes are written to the journal and synced before the answer leaves; reports that arrive while the
+disk is busy share the next sync (group commit). Ray restarts a dead actor, and the journal brings it back to the state
+that every answer was given from.
+"""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from dualsweep.orchestration.dual_ledger import FINAL, DualLedger, ProtocolError, StaleAttemptError, TrialBook
+from dualsweep.orchestration.journal import Journal
+from dualsweep.trainers.dual_client import Reply
+
+NAMESPACE = "dualsweep"
+BASE_TRIAL = "pretrained"
+CALL_TIMEOUT_S = 120.0  # longer than Ray needs to restart the actor, also on another node
+
+
+class DualServer:
+    """See the module; run as an asyncio actor by `start_dual_server`."""
+
+    def __init__(self, journal_path: str) -> None:
+        self.ledger = DualLedger()
+        self.journal = Journal(Path(journal_path))
+        for record in self.journal.records:
+            self.ledger.apply(record)
+        self.journal.records = []
+        self._assignments: dict[str, dict[str, Any] | None] = {}  # slot -> current assignment; None: the slot closes
+        self._attempt_limit: dict[str, int] = {}
+        self._halting = False
+        self._pending: list[dict[str, Any]] = []
+        self._accepted = self._durable = 0  # records applied, records on disk
+        self._writing = asyncio.Lock()
+        self._changed = asyncio.Condition()
+
+    # -- worker groups -------------------------------------------------------------------------------------------
+
+    async def lease(self, slot: str, finished: str | None) -> dict[str, Any] | None:
+        """The work of a slot, waiting for it: a new assignment, or after a restart the one the group had.
+
+        Args:
+            finished: trial the caller has just ended, or None when its process is new.
+        Returns: an assignment with its attempt number raised, or None when the slot is closed.
+        """
+        while True:
+            if slot in self._assignments:
+                assignment = self._assignments[slot]
+                if assignment is None:
+                    return None
+                book = self.ledger.book(assignment["trial_id"])
+                if book.status == "running" and book.attempt >= self._attempt_limit[book.trial_id]:
+                    error = f"its workers died in each of {book.attempt} attempts, without a Python error; look at memory and at the Ray logs"
+                    await self._perform([{"kind": "end", "trial": book.trial_id, "status": "failed", "result": None, "error": error}])
+                if assignment["trial_id"] != finished and book.status not in FINAL and not self._halting:
+                    if assignment["kind"] == "base" or (Path(assignment["base_dir"]) / "calibration.json").exists():
+                        return {**assignment, "attempt": book.attempt + 1}
+                    await self._give_up_without_base(assignment["trial_id"])
+            await self._wait()
+
+    async def _give_up_without_base(self, trial_id: str) -> None:
+        """Trials wait while another slot trains the pretrained model; if that failed there is nothing to continue from."""
+        base = self.ledger.trials.get(BASE_TRIAL)
+        if base is not None and base.status in ("failed", "diverged"):
+            error = f"the pretrained model every trial continues from could not be trained:\n{base.error}"
+            await self._perform([{"kind": "end", "trial": trial_id, "status": "failed", "result": None, "error": error}])
+
+    async def begin(self, trial_id: str, attempt: int, problem: dict, rule: dict, start: list[float], dual_state: dict | None) -> Reply:
+        await self._perform(self.ledger.begin(trial_id, attempt, problem=problem, rule=rule, start=start, dual_state=dual_state))
+        return self.ledger.reply(trial_id)
+
+    async def report(self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]) -> Reply:
+        await self._perform(self.ledger.report(trial_id, attempt, dual_step, measurement))
+        return self.ledger.reply(trial_id)
+
+    async def checkpointed(self, trial_id: str, attempt: int, dual_step: int, path: str) -> None:
+        self._fence(trial_id, attempt)
+        await self._perform([{"kind": "checkpoint", "trial": trial_id, "dual_step": dual_step, "path": path}])
+
+    async def end(self, trial_id: str, attempt: int, status: str, result: dict | None, error: str | None) -> None:
+        """A trial is over (completed, stopped, failed, diverged) or put aside (interrupted)."""
+        self._fence(trial_id, attempt)
+        await self._perform([{"kind": "end", "trial": trial_id, "status": status, "result": result, "error": error}])
+
+    async def trace(self, trial_id: str) -> list[dict[str, Any]]:
+        return self.ledger.book(trial_id).rows
+
+    def _fence(self, trial_id: str, attempt: int) -> None:
+        current = self.ledger.book(trial_id).attempt
+        if attempt < current:
+            raise StaleAttemptError(f"trial {trial_id}: attempt {attempt} is over, current is {current}")
+
+    # -- the Tune side -------------------------------------------------------------------------------------------
+
+    async def assign(self, slot: str, assignment: dict[str, Any] | None, max_failures: int = 0) -> None:
+        """Hand a slot its next trial; None closes the slot. The trial it had, if unfinished, is told to stop."""
+        previous = self._assignments.get(slot)
+        if previous is not None:
+            await self._direct(previous["trial_id"], "stop")
+        if assignment is not None:
+            book = self.ledger.book(assignment["trial_id"])
+            if book.status != "waiting":
+                await self._perform([{"kind": "reopen", "trial": book.trial_id}])
+            self._attempt_limit[book.trial_id] = book.attempt + 1 + max_failures
+        self._assignments[slot] = assignment
+        await self._notify()
+
+    async def progress(self, trial_id: str, seen: int, every: int, timeout_s: float) -> dict[str, Any]:
+        """Wait until `every` more dual steps than `seen` are there, or the trial has ended, or the time is over.
+
+        Answers depend on whole multiples of `every`, so a scheduler sees the same milestones however fast it polls.
+        """
+        deadline = time.monotonic() + timeout_s
+        book = self.ledger.book(trial_id)
+        while len(book.rows) < seen + every and not self._over(book):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            await self._wait(left)
+        reached = min(len(book.rows), seen + every)
+        ended = self._over(book) and len(book.rows) <= seen + every
+        status = "running" if not ended else book.status if book.status in FINAL else "interrupted"
+        return {"status": status, "reached": reached, "row": book.rows[reached - 1] if reached else None}
+
+    def _over(self, book: TrialBook) -> bool:
+        """Ended, put aside, or never to be started because the sweep is being interrupted."""
+        return book.status in (*FINAL, "interrupted") or (self._halting and book.status == "waiting")
+
+    async def interrupt(self) -> None:
+        """Ask every running trial for a checkpoint and start no other; returns at once."""
+        self._halting = True
+        for trial_id in list(self.ledger.trials):
+            await self._direct(trial_id, "interrupt")
+        await self._notify()
+
+    async def close(self) -> None:
+        """Everything answered is on disk already; the file is closed before the actor goes."""
+        async with self._writing:
+            self.journal.close()
+
+    async def _direct(self, trial_id: str, directive: str) -> None:
+        if self.ledger.book(trial_id).status == "running":
+            await self._perform([{"kind": "directive", "trial": trial_id, "directive": directive}])
+
+    async def snapshot(self, cursors: dict[str, int], ended: list[str]) -> dict[str, dict[str, Any]]:
+        """Every trial as a watcher sees it.
+
+        Args:
+            cursors: rows the caller has of each trial; the rest come along once a checkpoint or the end made them final.
+            ended: trials whose result the caller has.
+        """
+        return {
+            trial_id: watched(book, cursors.get(trial_id, 0), with_result=trial_id not in ended)
+            for trial_id, book in self.ledger.trials.items()
+        }
+
+    # -- durability ----------------------------------------------------------------------------------------------
+
+    async def _perform(self, records: list[dict[str, Any]]) -> None:
+        """Apply records and return once they, and all before them, are on disk.
+
+        Whoever gets the lock writes everything that has gathered by then, so callers that wait share one sync. A failed
+        write keeps the records for the next try; the caller gets the error instead of an answer.
+        """
+        for record in records:
+            self.ledger.apply(record)
+            self._pending.append(record)
+        self._accepted += len(records)
+        target = self._accepted
+        while self._durable < target:
+            async with self._writing:
+                if self._durable < target:
+                    batch = list(self._pending)
+                    await asyncio.get_running_loop().run_in_executor(None, self.journal.append, batch)
+                    del self._pending[: len(batch)]
+                    self._durable += len(batch)
+        if records:
+            await self._notify()
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _wait(self, timeout_s: float = 0.5) -> None:
+        async with self._changed:
+            try:
+                await asyncio.wait_for(self._changed.wait(), timeout_s)
+            except TimeoutError:
+                return
+
+
+def watched(book: TrialBook, cursor: int, *, with_result: bool) -> dict[str, Any]:
+    """One trial for the live table and the tracker."""
+    over = book.status in FINAL
+    final = len(book.rows) if over else min(book.checkpoint_step, len(book.rows))
+    return {
+        "status": book.status,
+        "attempt": book.attempt,
+        "dual_step": len(book.rows),
+        "row": book.rows[-1] if book.rows else None,
+        "started": book.rows[0]["wall_time"] if book.rows else None,
+        "names": list(book.problem.names) if book.problem else [],
+        "new_rows": book.rows[cursor:final],
+        "result": book.result if over and with_result else None,
+        "error": book.error,
+        "superseded_rows": book.superseded_rows,
+    }
+
+
+class RayDual:
+    """DualClient over the actor's handle: every call has a time limit and survives a restart of the actor."""
+
+    def __init__(self, handle) -> None:
+        self.handle = handle
+
+    def begin(self, trial_id: str, attempt: int, *, problem: dict, rule: dict, start: list[float], dual_state: dict | None) -> Reply:
+        return self.call("begin", trial_id, attempt, problem, rule, start, dual_state)
+
+    def report(self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]) -> Reply:
+        return self.call("report", trial_id, attempt, dual_step, measurement)
+
+    def checkpointed(self, trial_id: str, attempt: int, dual_step: int, path: str) -> None:
+        self.call("checkpointed", trial_id, attempt, dual_step, path)
+
+    def trace(self, trial_id: str) -> list[dict[str, Any]]:
+        return self.call("trace", trial_id)
+
+    def end(self, trial_id: str, attempt: int, status: str, *, result: dict | None = None, error: str | None = None) -> None:
+        self.call("end", trial_id, attempt, status, result, error)
+
+    def call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """Raises: StaleAttemptError, ProtocolError, ValueError as the server does; RuntimeError when it does not answer."""
+        try:
+            return ray.get(getattr(self.handle, method).remote(*args), timeout=timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.as_instanceof_cause()
+            if isinstance(cause, (StaleAttemptError, ProtocolError, ValueError)):
+                raise type(error.cause)(str(error.cause)) from None
+            raise
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorDiedError) as error:
+            raise RuntimeError(f"the DualServer did not answer {method} within {timeout_s:g} s") from error
+
+    def lease(self, slot: str, finished: str | None) -> dict[str, Any] | None:
+        return ray.get(self.handle.lease.remote(slot, finished))
+
+
+    def shutdown(self) -> None:
+        """End the actor for good; its journal stays."""
+        self.call("close")
+        ray.kill(self.handle)
+
+
+def server_name(sweep: str) -> str:
+    return f"dual-server-{sweep}"
+
+
+def start_dual_server(sweep: str, journal_path: Path) -> RayDual:
+    """Start the sweep's DualServer: no CPU, restarted for ever, found by name from every worker."""
+    actor = ray.remote(DualServer).options(
+        name=server_name(sweep),
+        namespace=NAMESPACE,
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=1000,  # long polls (lease, progress) wait inside the actor
+    )
+    return RayDual(actor.remote(str(journal_path)))
+
+
+def find_dual_server(sweep: str) -> RayDual:
+    return RayDual(ray.get_actor(server_name(sweep), namespace=NAMESPACE))

@@ -1,0 +1,125 @@
+"""What the terminal shows of a sweep: a live table where there is a terminal, one line an event where there is none."""
+
+import math
+import time
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from dualsweep.orchestration.watch import TrialView, Watcher
+
+_STYLES = {"running": "cyan", "completed": "green", "stopped": "yellow", "failed": "red", "diverged": "red", "interrupted": "yellow"}
+MOST_MULTIPLIERS = 4
+
+
+def trial_table(views: Iterable[TrialView], *, title: str, slots: int = 1) -> Table:
+    """One row a trial: step, objective, worst violation, multipliers, verdict, time left."""
+    views = list(views)
+    table = Table(title=title, title_justify="left", caption=_caption(views, slots), caption_justify="left", expand=False)
+    for name in ("trial", "status", "step", "objective", "worst violation", "multipliers", "constraints hold", "left"):
+        table.add_column(name, justify="left" if name in ("trial", "status", "multipliers", "constraints hold") else "right", no_wrap=name != "multipliers")
+    for view in views:
+        row = view.row or {}
+        violations = row.get("smoothed_violations") or []
+        table.add_row(
+            view.point["label"],
+            Text(view.status, style=_STYLES.get(view.status, "dim")),
+            f"{view.dual_step}/{view.dual_steps}",
+            f"{row['objective']:.4f}" if row else "",
+            f"{max(violations):+.3f}" if violations else "",
+            _multipliers(row),
+            verdict(view),
+            duration(view.seconds_left()),
+        )
+    return table
+
+
+def verdict(view: TrialView) -> Text:
+    """From the certificate once there is one; before, how the smoothed violations stand."""
+    certificate = (view.result or {}).get("certificate")
+    if certificate:
+        style = {"feasible": "bold green", "infeasible": "bold red"}.get(certificate["verdict"], "yellow")
+        return Text(certificate["verdict"], style=style)
+    violations = (view.row or {}).get("smoothed_violations")
+    if not violations or view.over:
+        return Text("-", style="dim")
+    return Text("yes, so far" if max(violations) <= 0 else "not yet", style="dim")
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None or not math.isfinite(seconds):
+        return ""
+    seconds = int(max(0, seconds))
+    hours, rest = divmod(seconds, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def _multipliers(row: dict) -> str:
+    values = row.get("multipliers") or []
+    shown = " ".join(f"{value:.3f}" for value in values[:MOST_MULTIPLIERS])
+    return shown + (f" … {max(values):.3f} max" if len(values) > MOST_MULTIPLIERS else "")
+
+
+def _caption(views: list[TrialView], slots: int) -> str:
+    over = sum(view.over for view in views)
+    running = [view for view in views if view.status == "running"]
+    failed = sum(view.status in ("failed", "diverged") for view in views)
+    left = sweep_seconds_left(views, slots)
+    parts = [f"{over} of {len(views)} trials done", f"{len(running)} running"]
+    if failed:
+        parts.append(f"{failed} failed")
+    if left is not None:
+        parts.append(f"about {duration(left)} left")
+    return ", ".join(parts)
+
+
+def sweep_seconds_left(views: list[TrialView], slots: int) -> float | None:
+    """Running trials at their own pace, waiting ones at the mean pace of the others, spread over the slots."""
+    known = [view for view in views if view.row is not None and view.started is not None and view.dual_step >= 2]
+    if not known:
+        return None
+    paces = [(view.row["wall_time"] - view.started) / (view.dual_step - 1) for view in known]
+    pace = sum(paces) / len(paces)
+    steps = sum(view.dual_steps - (view.dual_step if view.status == "running" else 0) for view in views if not view.over)
+    return pace * steps / max(1, slots)
+
+
+class Progress:
+    """Shows a watcher's trials until closed."""
+
+    def __init__(self, watcher: Watcher, console: Console, *, title: str) -> None:
+        self.watcher, self.console, self.title = watcher, console, title
+        self._said: dict[str, str] = {}
+        self._live: Live | None = None
+
+    def __enter__(self) -> "Progress":
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=2, transient=False)
+            self._live.start()
+        else:
+            self.watcher.after_look = self._say
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live is not None:
+            self._live.refresh()
+            self._live.stop()
+
+    def _render(self) -> Table:
+        return trial_table(self.watcher.views.values(), title=f"{self.title}  ({duration(time.time() - self.watcher.began)})", slots=self.watcher.slots)
+
+    def _say(self) -> None:
+        """Without a terminal: a line for every trial whose status changed."""
+        for view in list(self.watcher.views.values()):
+            if view.status != self._said.get(view.point["trial_id"], "waiting"):
+                self._said[view.point["trial_id"]] = view.status
+                row = view.row or {}
+                worst = f", worst violation {max(row['smoothed_violations']):+.3f}" if row.get("smoothed_violations") else ""
+                state = f", {verdict(view)}" if (view.result or {}).get("certificate") else ""
+                self.console.print(
+                    f"[{duration(time.time() - self.watcher.began)}] {view.point['label']}: {view.status} at step {view.dual_step}/{view.dual_steps}{worst}{state}",
+                    highlight=False,
+                )

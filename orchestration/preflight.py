@@ -1,0 +1,100 @@
+"""Everything that can be refused before anything starts: data, thresholds, model, storage, tracking server, machine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dualsweep.datasets import validate_spec
+from dualsweep.orchestration.cluster import check_fits_locally
+from dualsweep.orchestration.config import ConfigError, SweepConfig, sweep_points
+from dualsweep.orchestration.points import search_settings
+from dualsweep.orchestration.storage import check_writable, storage_root
+from dualsweep.orchestration.tracking import check_tracking, resolve_tracking_uri
+from dualsweep.trainers.methods import METHODS
+from dualsweep.trainers.models import check_image_size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep that passed every check."""
+
+    config: SweepConfig
+    folder: Path
+    base_dir: Path
+    tracking_uri: str
+    constraint_names: tuple[str, ...]
+    points: list[dict[str, Any]]  # listed trials, in order; searched ones come on top
+
+
+def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = False) -> Plan:
+    """Check a sweep whole.
+
+    Args:
+        resume: the sweep's folder must exist instead of being free.
+        on_cluster: resources are checked against the cluster after joining it, not against this machine.
+    Raises: ConfigError naming field, value and remedy; nothing has been written or started then.
+    """
+    root = storage_root(config.storage)
+    folder = root / config.name
+    try:
+        summary = validate_spec(config.data)
+        check_writable(root)
+        tracking_uri = resolve_tracking_uri(config.tracking.uri, root)
+        method = METHODS[config.method]
+        if config.thresholds.unit not in method.units:
+            raise ConfigError(f"thresholds.unit={config.thresholds.unit!r}: method {config.method} takes {', '.join(method.units)}")
+        if config.thresholds.search is not None:
+            search_settings(config)
+        points = sweep_points(config, summary.constraint_names)
+        if config.model.kind == "unet" and not config.model.pretrained and summary.sample_shape is not None:
+            check_image_size(config.model.model_dump(), summary.sample_shape)
+        _check_shards(config)
+        _check_precision(config)
+        _check_pretrained(config)
+        if not on_cluster:
+            check_fits_locally(config.compute)
+        check_tracking(tracking_uri, timeout=8.0)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if resume and not (folder / "sweep.yaml").is_file():
+        raise ConfigError(f"name: no sweep {config.name!r} in {root}; `dualsweep status` lists what is there")
+    if not resume and folder.exists():
+        raise ConfigError(
+            f"name: sweep {config.name!r} already exists in {root}; go on with it (`dualsweep resume {config.name}`), give another "
+            "name (name=...), or let one be found (--fresh-name)"
+        )
+    base_dir = root / "bases" / config.base_key()
+    return Plan(config, folder, base_dir, tracking_uri, summary.constraint_names, points)
+
+
+def _check_shards(config: SweepConfig) -> None:
+    fewest = min(config.primal.num_shards, config.pretrain.num_shards)
+    if config.compute.workers > fewest:
+        raise ConfigError(f"compute.workers={config.compute.workers}: more than the {fewest} logical shards of a batch; raise primal.num_shards and pretrain.num_shards")
+
+
+def _check_precision(config: SweepConfig) -> None:
+    for section in ("primal", "pretrain"):
+        if getattr(config, section).precision == "fp16" and config.compute.gpus_per_worker == 0:
+            raise ConfigError(f"{section}.precision=fp16 needs a GPU (compute.gpus_per_worker is 0); use bf16 or fp32")
+    if config.primal.precision != config.pretrain.precision:
+        raise ConfigError(f"pretrain.precision={config.pretrain.precision} differs from primal.precision={config.primal.precision}; one worker process keeps one precision")
+
+
+def _check_pretrained(config: SweepConfig) -> None:
+    folder = config.model.pretrained
+    if folder and Path(folder).is_absolute():
+        files = ("model_index.json", "config.json")
+        if not any((Path(folder) / name).is_file() for name in files):
+            raise ConfigError(f"model.pretrained={folder!r}: holds neither {' nor '.join(files)}; give a diffusers model folder")
+
+
+def fresh_name(config: SweepConfig) -> SweepConfig:
+    """The config under a name that is free: `name`, else `name-2`, `name-3`, ..."""
+    root = storage_root(config.storage)
+    candidate, number = config.name, 2
+    while (root / candidate).exists():
+        candidate, number = f"{config.name}-{number}", number + 1
+    return config.model_copy(update={"name": candidate})

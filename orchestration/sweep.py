@@ -1,0 +1,315 @@
+"""A sweep from a checked plan to its report: Ray, DualServer, Tune, tracker, live table, interrupt and resume."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+
+from dualsweep.orchestration.cluster import leave_repository_root, quiet_environment, slots_for, start_ray, stop_ray, wait_until_free
+from dualsweep.orchestration.config import ConfigError, SweepConfig
+from dualsweep.orchestration.dual_ledger import FINAL
+from dualsweep.orchestration.dual_server import BASE_TRIAL, RayDual, start_dual_server
+from dualsweep.orchestration.live import Progress
+from dualsweep.orchestration.points import Halt, build_search, search_settings
+from dualsweep.orchestration.preflight import Plan, preflight
+from dualsweep.orchestration.report import frontier_table, write_report
+from dualsweep.orchestration.tracking import Tracker
+from dualsweep.orchestration.watch import Watcher
+from dualsweep.trainers.loop import write_base, write_json
+
+KEPT = ("completed", "stopped", "diverged")  # a resume runs the others (failed, interrupted, waiting) again
+MILESTONES = 20  # results a trial gives to Tune's scheduler
+TRACKING_FLUSH_S = 60.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a sweep ended. `status`: completed, failed (some trials, named in `failed`), or interrupted."""
+
+    status: str
+    folder: Path
+    report: Path | None
+    tracking_uri: str
+    failed: dict[str, str]  # label -> last line of its error
+    table: list[dict[str, Any]]
+    undelivered: int
+    cpus_held: float = 0.0
+
+    @property
+    def exit_code(self) -> int:
+        return {"completed": 0, "failed": 1, "interrupted": 130}[self.status]
+
+
+def run_sweep(config: SweepConfig, *, resume: bool = False, address: str | None = None, console: Console | None = None) -> Outcome:
+    """Check, run and report a sweep.
+
+    Args:
+        config: from `load_config`; with `resume`, the one stored in the sweep's folder.
+        address: Ray cluster to join; default RAY_ADDRESS, else a local Ray.
+    Raises: ConfigError before anything has started or been written.
+    """
+    console = console or Console()
+    on_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
+    plan = preflight(config, resume=resume, on_cluster=on_cluster)
+    quiet_environment()
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.compute.placement_timeout_s)
+    leave_repository_root()
+    with console.status("starting Ray"):
+        info = start_ray(address=address)
+    try:
+        slots = slots_for(config.compute, info)
+        with _locked(plan.folder):
+            _write_plan(plan)
+            where = f"{info.nodes} node{'s' * (info.nodes != 1)}, {info.cpus:g} CPUs, {info.gpus:g} GPUs"
+            console.print(f"[bold]{config.name}[/]: {len(plan.points)} trials, {slots} at a time on {where}", highlight=False)
+            console.print(f"  folder   {plan.folder}\n  tracking {plan.tracking_uri}", highlight=False)
+            return _run(plan, slots, console)
+    finally:
+        stop_ray(info)
+
+
+def _run(plan: Plan, slots: int, console: Console) -> Outcome:
+    config = plan.config
+    tracker = Tracker(plan.tracking_uri, config.experiment, config.name, sweep_id=str(plan.folder))
+    tracker.start_sweep(config.to_dict(), {"dualsweep.method": config.method}, files=[plan.folder / "sweep.yaml"])
+    server = start_dual_server(config.name, plan.folder / "journal.jsonl")
+    finished = {trial_id: seen for trial_id, seen in server.call("snapshot", {}, []).items() if seen["status"] in KEPT}
+    todo = [point for point in plan.points if point["trial_id"] not in finished]
+    base = _base_point(plan)
+    shown = plan if base is None else replace(plan, points=[base, *plan.points])
+    watcher = Watcher(shown, server, tracker, slots=slots)
+    watcher.start()
+    failed_fit: str | None = None
+    halt = Halt()
+    try:
+        with Progress(watcher, console, title=config.name), _interrupt_handler(halt, watcher, console):
+            if todo or config.thresholds.search is not None:
+                searched = [seen["result"] for trial_id, seen in finished.items() if trial_id not in {p["trial_id"] for p in plan.points}]
+                failed_fit = _fit(plan, [base, *todo] if base else todo, slots, searched, halt)
+    finally:
+        watcher.stop()
+        held = wait_until_free()
+        server.shutdown()
+    if watcher.error is not None:
+        raise RuntimeError("the sweep's watcher failed; results are in the journal, `dualsweep resume` goes on") from watcher.error
+    return _conclude(plan, watcher, tracker, console, halt.requested, failed_fit, held)
+
+
+def _fit(plan: Plan, points: list[dict[str, Any]], slots: int, searched: list[dict[str, Any]], halt: Halt) -> str | None:
+    """Run the points through Tune. Returns: an error that ended trials without their own, else None."""
+    from ray import tune
+    from ray.tune import TuneConfig, Tuner
+
+    from dualsweep.orchestration.trial import SweepTrial
+
+    config = plan.config
+    dual_steps = config.primal.steps // config.dual.primal_steps_per_dual_step
+    shared = {
+        "sweep": config.to_dict(),
+        "folder": str(plan.folder),
+        "base_dir": str(plan.base_dir),
+        "constraint_names": list(plan.constraint_names),
+        "report_every": max(1, dual_steps // MILESTONES),
+    }
+    search, samples = build_search(config, points, shared, searched, halt)
+    # 0 CPU for the trial's own actor: its worker group holds the CPUs. In-process trials hold them themselves.
+    resources = {"memory": 1e6}
+    if config.compute.workers == 0:
+        resources = {"CPU": config.compute.cpus_per_worker, "GPU": config.compute.gpus_per_worker}
+    tuner = Tuner(
+        tune.with_resources(SweepTrial, resources),
+        tune_config=TuneConfig(
+            search_alg=search,
+            num_samples=samples,
+            max_concurrent_trials=slots,
+            reuse_actors=True,
+            scheduler=_scheduler(config, dual_steps),
+            metric=search_settings(config)["metric"] if config.thresholds.search else None,
+            mode=search_settings(config)["mode"] if config.thresholds.search else None,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(plan.folder),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=config.compute.max_failures),
+        ),
+    )
+    with _own_output(plan.folder / "driver.log"):
+        results = tuner.fit()
+    errors = [str(error) for error in results.errors]
+    return errors[-1] if errors else None
+
+
+def _scheduler(config: SweepConfig, dual_steps: int):
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
+
+    settings = config.scheduler
+    if settings.kind == "fifo":
+        return FIFOScheduler()
+    metric = {} if config.thresholds.search else {"metric": settings.metric, "mode": "min"}
+    if settings.kind == "asha":
+        return ASHAScheduler(
+            time_attr="dual_step",
+            max_t=dual_steps + 1,  # a trial's own end is reported at dual_steps
+            grace_period=min(settings.grace_dual_steps, dual_steps),
+            reduction_factor=settings.reduction_factor,
+            **metric,
+        )
+    return MedianStoppingRule(time_attr="dual_step", grace_period=settings.grace_dual_steps, **metric)
+
+
+def _base_point(plan: Plan) -> dict[str, Any] | None:
+    """The pretraining, unless its result is there: trained by an earlier sweep, or given by the user."""
+    if (plan.base_dir / "calibration.json").exists():
+        return None
+    return {"trial_id": BASE_TRIAL, "label": "pretrained model", "kind": "base", "thresholds": {}, "fixed_weight": None}
+
+
+def _conclude(plan: Plan, watcher: Watcher, tracker: Tracker, console: Console, interrupted: bool, failed_fit: str | None, held: float) -> Outcome:
+    config = plan.config
+    failed = {
+        view.point["label"]: (view.error or "").strip().splitlines()[-1] if view.error else view.status
+        for view in watcher.views.values()
+        if view.status in ("failed", "diverged")
+    }
+    for view in watcher.views.values():
+        if view.status not in FINAL and not interrupted:
+            failed[view.point["label"]] = failed_fit or f"ended as {view.status}"
+    status = "interrupted" if interrupted else "failed" if failed else "completed"
+    relate_to_unconstrained(plan.folder)
+    report = None
+    if any((plan.folder / "trials").glob("*/result.json")):
+        with console.status("writing the report"):
+            report = write_report(plan.folder).index
+    tracker.finish_sweep(report.parent if report else None, status, {"trials": len(watcher.views), "failed_trials": len(failed)})
+    with console.status("delivering to MLflow"):
+        undelivered = tracker.close(TRACKING_FLUSH_S)
+    return Outcome(status, plan.folder, report, plan.tracking_uri, failed, frontier_table(plan.folder) if report else [], undelivered, held)
+
+
+def relate_to_unconstrained(folder: Path) -> None:
+    """Restate every objective relative to the unconstrained run, which had the same number of steps.
+
+    Continued training improves every run over the pretrained model, so the cost of a requirement is what a run loses
+    against the unconstrained one, sample by sample on the same held-out images and noise (paired standard error).
+    Without an unconstrained run the objectives stay relative to the pretrained model.
+    """
+    reference = folder / "trials" / "unconstrained" / "held_out_errors.npy"
+    if not reference.is_file():
+        return
+    base = np.load(reference, allow_pickle=False)
+    for path in sorted((folder / "trials").glob("*/result.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        errors = path.parent / "held_out_errors.npy"
+        if result.get("objective") is None or not errors.is_file():
+            continue
+        gap = np.load(errors, allow_pickle=False) - base
+        result.setdefault("objective_above_pretrained", result["objective"])
+        result["objective"] = {
+            "value": float(gap.mean()),
+            "stderr": float(gap.std(ddof=1) / np.sqrt(len(gap))),
+            "unit": "nats",
+            "meaning": "KL(q||p) above the unconstrained run's, on held-out main data",
+        }
+        write_json(path, result)
+
+
+def _write_plan(plan: Plan) -> None:
+    """The resolved config and the points, for a resume and for the report; an existing folder keeps its own."""
+    if not (plan.folder / "sweep.yaml").exists():
+        text = yaml.safe_dump(plan.config.to_dict(), sort_keys=False)
+        part = plan.folder / f"sweep.yaml.part{os.getpid()}"
+        part.write_text(text, encoding="utf-8")
+        write_json(plan.folder / "points.json", plan.points)
+        os.replace(part, plan.folder / "sweep.yaml")
+    if plan.config.model.pretrained and not (plan.base_dir / "calibration.json").exists():
+        adopt_pretrained(plan)
+
+
+def adopt_pretrained(plan: Plan) -> None:
+    """Make a base of the user's own model: a copy of it and its calibration."""
+    from dualsweep.trainers.loop import calibrate
+    from dualsweep.trainers.models import load_model, save_model
+    from dualsweep.trainers.workspace import Workspace
+
+    workspace = Workspace(plan.config.to_dict(), plan.config.data)
+    denoiser = load_model(plan.config.model.pretrained)
+    write_base(plan.base_dir, lambda folder: save_model(denoiser, workspace.schedule, folder), calibrate(workspace, denoiser))
+
+
+def stored_config(name: str, storage: Path) -> SweepConfig:
+    """The config a sweep was started with. Raises: ConfigError when there is none or it is damaged."""
+    path = storage / name / "sweep.yaml"
+    if not path.is_file():
+        raise ConfigError(f"name: no sweep {name!r} in {storage}; `dualsweep status` lists what is there")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of fields; restore the file")
+    return SweepConfig.from_dict(values, source=str(path))
+
+
+@contextlib.contextmanager
+def _interrupt_handler(halt: Halt, watcher: Watcher, console: Console) -> Iterator[None]:
+    """The first Ctrl-C asks every trial for a checkpoint and ends the sweep when they have it; a second ends it now."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+
+    def handle(signum: int, frame: Any) -> None:
+        if halt.requested:
+            raise KeyboardInterrupt
+        halt.requested = True
+        watcher.interrupt()
+        console.print(f"interrupted: saving checkpoints, then `dualsweep resume {watcher.plan.config.name}` goes on (Ctrl-C again to stop at once)", highlight=False)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One driver a sweep. Raises: ConfigError when another one holds the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "driver.lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"name: sweep {folder.name!r} is being run by another process; wait for it or interrupt it") from None
+        yield
+
+
+@contextlib.contextmanager
+def _own_output(path: Path) -> Iterator[None]:
+    """Tune prints tables whatever its verbosity; they go to a file, and so do Ray's log lines."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    loggers = [logging.getLogger(name) for name in ("ray", "ray.tune", "ray.train")]
+    before = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
+    with open(path, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            yield
+        finally:
+            for logger, handlers, propagate in before:
+                logger.handlers, logger.propagate = handlers, propagate
+            handler.close()
+

@@ -1,0 +1,91 @@
+"""One grid point is one Tune trial; one Tune actor keeps one warm worker group and passes trial after trial to it."""
+
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from dualsweep.orchestration.config import SweepConfig, point_for_search
+from dualsweep.orchestration.dual_server import find_dual_server
+from dualsweep.orchestration.worker_group import WorkerGroup
+from dualsweep.trainers.loop import Assignment
+
+POLL_S = 5.0  # how long one wait inside the DualServer lasts before Tune's actor looks at its worker group
+
+
+class SweepTrial(tune.Trainable):
+    """See the module. `config`: sweep (the resolved config), folder, report_every, and the point or searched thresholds."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.slot = uuid.uuid4().hex[:8]
+        self.sweep = SweepConfig.from_dict(config["sweep"])
+        self.folder = Path(config["folder"])
+        self.server = find_dual_server(self.sweep.name)
+        self._hand_over(config)
+        self.group = WorkerGroup(self.slot, self.sweep, self.folder)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._hand_over(new_config)
+        return True
+
+    def _hand_over(self, config: dict[str, Any]) -> None:
+        point = config.get("point") or point_for_search(
+            self.sweep, tuple(config["constraint_names"]), config["thresholds"]
+        )
+        self.trial = point["trial_id"]
+        self.report_every = config["report_every"] if point["kind"] != "base" else 1_000_000
+        self.reached = 0
+        assignment = Assignment(
+            trial_id=point["trial_id"],
+            label=point["label"],
+            kind=point["kind"],
+            attempt=0,
+            thresholds=point["thresholds"],
+            fixed_weight=point["fixed_weight"],
+            trial_dir=str(self.folder / "trials" / point["trial_id"]),
+            base_dir=config["base_dir"],
+            handed_over=time.time(),
+        )
+        self.server.call("assign", self.slot, assignment.to_dict(), self.sweep.compute.max_failures)
+
+    def step(self) -> dict[str, Any]:
+        """The next milestone of the trial: at most `report_every` dual steps on, or its end."""
+        while True:
+            progress = self.server.call("progress", self.trial, self.reached, self.report_every, POLL_S)
+            ended = progress["status"] != "running"
+            if ended or progress["reached"] >= self.reached + self.report_every:
+                break
+            if not self.group.alive:
+                raise RuntimeError(
+                    f"the worker group of slot {self.slot} ended: {self.group.error!r}"
+                ) from self.group.error
+        self.reached = progress["reached"]
+        return {
+            **_scores(progress["row"]),
+            "trial": self.trial,
+            "status": progress["status"],
+            "dual_step": self.reached,
+            "done": ended,
+        }
+
+    def cleanup(self) -> None:
+        """Close the slot and wait for the group to leave, so that its resources are free when Tune says so."""
+        self.server.call("assign", self.slot, None)
+        self.group.join()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """A pointer: the model's checkpoints belong to the trial's own folder."""
+        return {"trial": self.trial, "reached": self.reached}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        return None
+
+
+def _scores(row: dict[str, Any] | None) -> dict[str, float]:
+    """What schedulers and search algorithms may compare; the worst violation of a run without constraints is 0."""
+    keys = ("lagrangian", "objective", "kkt_residual")
+    if row is None:
+        return {**{key: float("inf") for key in keys}, "worst_violation": float("inf")}
+    return {**{key: float(row[key]) for key in keys}, "worst_violation": max(row["smoothed_violations"], default=0.0)}

@@ -1,0 +1,159 @@
+"""Watches a running sweep from the driver: writes results and traces to the trials' folders, feeds the tracker, and keeps
+what the live table shows. Runs in a thread of its own; the DualServer's journal is the source of all it writes."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dualsweep.orchestration.dual_ledger import FINAL
+from dualsweep.orchestration.dual_server import BASE_TRIAL, RayDual
+from dualsweep.orchestration.preflight import Plan
+from dualsweep.orchestration.trace import write_trace
+from dualsweep.orchestration.tracking import Tracker
+from dualsweep.trainers.loop import write_json
+
+INTERVAL_S = 0.5
+
+
+@dataclass
+class TrialView:
+    """What is known of one trial on the driver."""
+
+    point: dict[str, Any]
+    status: str = "waiting"
+    dual_step: int = 0
+    dual_steps: int = 0  # in all
+    primal_step: int = 0
+    row: dict[str, Any] | None = None
+    names: list[str] = field(default_factory=list)
+    started: float | None = None
+    result: dict[str, Any] | None = None
+    error: str | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.status in FINAL
+
+    def seconds_left(self) -> float | None:
+        """From the trial's own pace; None before its second dual step."""
+        if self.over or self.row is None or self.started is None or self.dual_step < 2:
+            return None
+        pace = (self.row["wall_time"] - self.started) / (self.dual_step - 1)
+        return pace * (self.dual_steps - self.dual_step)
+
+
+class Watcher:
+    """Polls the DualServer until `stop`; `views` maps trial ids to what is known of them, in the sweep's order."""
+
+    def __init__(self, plan: Plan, server: RayDual, tracker: Tracker, *, slots: int) -> None:
+        self.plan, self.server, self.tracker, self.slots = plan, server, tracker, slots
+        self.views: dict[str, TrialView] = {point["trial_id"]: self._view(point) for point in plan.points}
+        self.error: BaseException | None = None
+        self.after_look: Callable[[], None] = lambda: None
+        self.began = time.time()
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._tracked: set[str] = set()
+        self._ended: list[str] = []
+        self._stopping = threading.Event()
+        self._interrupting = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watcher")
+
+    def _view(self, point: dict[str, Any]) -> TrialView:
+        config = self.plan.config
+        steps = config.pretrain.steps if point["kind"] == "base" else config.primal.steps
+        return TrialView(point, dual_steps=steps // config.dual.primal_steps_per_dual_step)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def interrupt(self) -> None:
+        """Ask for checkpoints; safe in a signal handler."""
+        self._interrupting.set()
+
+    def stop(self) -> None:
+        """One last look, then end."""
+        self._stopping.set()
+        self._thread.join(60)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.wait(INTERVAL_S):
+                if self._interrupting.is_set():
+                    self.server.call("interrupt")
+                self.look()
+            self.look()
+        except BaseException as error:  # noqa: BLE001  (shown by the driver, which would otherwise wait in silence)
+            self.error = error
+
+    def look(self) -> None:
+        """One poll."""
+        cursors = {trial_id: len(rows) for trial_id, rows in self._rows.items()}
+        for trial_id, seen in self.server.call("snapshot", cursors, self._ended).items():
+            view = self.views.get(trial_id) or self._searched(trial_id, seen)
+            if view is None or trial_id in self._ended:
+                continue
+            view.status, view.dual_step, view.row, view.error = seen["status"], seen["dual_step"], seen["row"], seen["error"]
+            view.names, view.started = seen["names"], seen["started"]
+            view.primal_step = seen["row"]["primal_step"] if seen["row"] else 0
+            self._track(trial_id, view, seen)
+        self.after_look()
+
+    def _searched(self, trial_id: str, seen: dict[str, Any]) -> TrialView | None:
+        """A trial of a search algorithm shows up here first."""
+        if trial_id == BASE_TRIAL or self.plan.config.thresholds.search is None:
+            return None
+        point = {"trial_id": trial_id, "label": trial_id, "kind": "constrained", "thresholds": {}, "fixed_weight": None}
+        self.views[trial_id] = self._view(point)
+        return self.views[trial_id]
+
+    def _track(self, trial_id: str, view: TrialView, seen: dict[str, Any]) -> None:
+        if view.status == "waiting":
+            return
+        if trial_id not in self._tracked:
+            self._tracked.add(trial_id)
+            point = view.point
+            params = {"kind": point["kind"], "thresholds": point["thresholds"], "fixed_weight": point["fixed_weight"]}
+            self.tracker.start_trial(trial_id, point["label"], params, {"dualsweep.kind": point["kind"]}, constraints=view.names)
+        rows = self._rows.setdefault(trial_id, [])
+        if seen["new_rows"]:
+            rows += seen["new_rows"]
+            self.tracker.log_rows(trial_id, seen["new_rows"])
+        if view.over:
+            self._ended.append(trial_id)
+            view.result = seen["result"] or _failed_result(view)
+            if view.point["kind"] == "base":
+                self.tracker.finish_trial(trial_id, view.result, None)
+                return
+            view.point["label"] = view.result["label"]
+            folder = self.plan.folder / "trials" / trial_id
+            folder.mkdir(parents=True, exist_ok=True)
+            write_trace(rows, folder / "trace.parquet", constraints=view.names, trial_id=trial_id)
+            write_json(folder / "result.json", view.result)
+            self.tracker.finish_trial(trial_id, view.result, folder)
+
+
+def _failed_result(view: TrialView) -> dict[str, Any]:
+    row = view.row or {}
+    return {
+        "trial_id": view.point["trial_id"],
+        "label": view.point["label"],
+        "kind": view.point["kind"],
+        "status": view.status,
+        "error": view.error,
+        "thresholds": view.point["thresholds"],
+        "multipliers": dict(zip(view.names, row.get("multipliers", []), strict=False)),
+        "averaged_multipliers": {},
+        "exact_multipliers": None,
+        "relaxations": {},
+        "primal_steps": row.get("primal_step", 0),
+        "dual_steps": view.dual_step,
+        "wall_seconds": row["wall_time"] - view.started if row and view.started else 0.0,
+        "objective": None,
+        "exact_objective": None,
+        "constraints": [],
+        "certificate": None,
+        "histogram": None,
+    }

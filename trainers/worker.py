@@ -1,0 +1,66 @@
+"""What every worker of a warm group runs: take an assignment, train it, report its end, take the next.
+
+The only file of `trainers` that knows Ray. `Server` is the DualServer's handle, given by orchestration.
+"""
+
+import traceback
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+
+from dualsweep.datasets import DatasetSpec
+from dualsweep.trainers.dual_client import DualClient
+from dualsweep.trainers.loop import Assignment, run_trial
+from dualsweep.trainers.primal import NonFiniteError
+from dualsweep.trainers.workspace import Workspace
+
+
+class Server(DualClient, Protocol):
+    """A DualClient that also hands out work."""
+
+    def lease(self, slot: str, finished: str | None) -> dict[str, Any] | None: ...
+
+    def end(self, trial_id: str, attempt: int, status: str, *, result: dict | None = None, error: str | None = None) -> None: ...
+
+
+def serve(server: Server, slot: str, config: dict[str, Any], data_spec: DatasetSpec, *, num_threads: int) -> None:
+    """Train assignments until the slot is closed; called by every worker of a group, or in-process without Ray Train.
+
+    A trial that raises is recorded with its traceback and the group goes on with the next one. With several workers the
+    others may be inside a collective call, so the group ends instead, and is restarted by Ray Train.
+    """
+    torch.set_num_threads(num_threads)
+    workspace = Workspace(config, data_spec)
+    finished = None
+    while True:
+        given = [server.lease(slot, finished) if workspace.rank == 0 else None]
+        if workspace.world_size > 1:
+            broadcast_object_list(given, from_process=0)
+        if given[0] is None:
+            return
+        assignment = Assignment(**given[0])
+        try:
+            result = run_trial(workspace, assignment, server)
+        except Exception as error:  # the trial boundary: whatever it was, it is recorded and the sweep goes on
+            text = traceback.format_exc()
+            if workspace.rank == 0:
+                status = "diverged" if isinstance(error, NonFiniteError) else "failed"
+                server.end(assignment.trial_id, assignment.attempt, status, error=text)
+            if workspace.world_size > 1:
+                raise
+        else:
+            if workspace.rank == 0:
+                status = result["status"] if result is not None else "interrupted"
+                server.end(assignment.trial_id, assignment.attempt, status, result=_plain(result))
+        finished = assignment.trial_id
+
+
+def _plain(value: Any) -> Any:
+    """NumPy numbers as Python's, so that a result is JSON everywhere."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value.item() if isinstance(value, np.generic) else value
