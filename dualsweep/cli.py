@@ -1,6 +1,7 @@
 """The command line. Exit codes: 0 done, 1 some trials failed (named), 2 bad input (nothing started), 130 interrupted."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ from rich.table import Table
 from dualsweep import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Threshold sweeps of constrained diffusion training.")
-console = Console()
-errors = Console(stderr=True)
+# Bound to the streams of now: while Tune runs, sys.stdout is redirected to the sweep's log.
+console = Console(file=sys.stdout)
+errors = Console(file=sys.stderr)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="FILE", help="A sweep's YAML file.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Fields to override.", show_default=False)]
@@ -157,11 +159,26 @@ def _finish(outcome) -> None:
 
 
 def _closing_table(rows: list[dict]) -> Table:
-    keys = list(rows[0])
-    table = Table(*keys, title="result", title_justify="left")
+    """Baselines and points: what was asked, what came out, what it costs, and whether the certificate holds."""
+    unit = rows[0]["unit"]
+    table = Table("trial", "status", f"asked ({unit})", f"least reached ({unit})", "cost in nats", "certificate", "front", title="result", title_justify="left")
     for row in rows:
-        table.add_row(*("" if row[key] is None else f"{row[key]:.4g}" if isinstance(row[key], float) else str(row[key]) for key in keys))
+        table.add_row(
+            row["label"],
+            row["status"],
+            _number(row["requested"]),
+            _number(row["achieved"], row["achieved_stderr"]),
+            _number(row["objective"], row["objective_stderr"]),
+            row["verdict"],
+            "*" if row["on_front"] else "",
+        )
     return table
+
+
+def _number(value: float, stderr: float = math.nan) -> str:
+    if not math.isfinite(value):
+        return ""
+    return f"{value:.3f}" + (f" ± {stderr:.3f}" if math.isfinite(stderr) else "")
 
 
 @app.callback(invoke_without_command=True)

@@ -267,10 +267,13 @@ def histograms(sweep: Sweep) -> Figure | None:
                 some_prior = True
         few = len(counts) <= 12
         axes.set_xticks(range(len(counts)) if few else [i for i, c in enumerate(counts) if c[0] in asked.values()])
-        axes.set_xticklabels([counts[i][0] for i in axes.get_xticks().astype(int)])
+        prefix = _common_prefix([name for name, *_ in counts])
+        shown = [counts[i][0].removeprefix(prefix) for i in axes.get_xticks().astype(int)]
+        axes.set_xticklabels(shown, **({"rotation": 40, "ha": "right"} if max(map(len, shown), default=0) > 3 else {}))
         axes.grid(axis="x", visible=False)
         axes.set_title(trial.short_label)
-    _name_axes(panels, "class", "samples (%)")
+    prefix = _common_prefix([name for name, *_ in class_counts(trials[0])])
+    _name_axes(panels, f"class ({prefix}…)" if prefix else "class", "samples (%)")
     handles = [Patch(color=BLUE, label="constrained class"), Patch(color=PALE, label="other class")]
     handles += [Line2D([], [], color=VERMILLION, lw=2.4, label="requested")] if some_request else []
     handles += [Line2D([], [], linestyle=":", color=INK, label="share in the training data")] if some_prior else []
@@ -493,6 +496,12 @@ def _thin(items: Iterable, most: int = MOST_PANELS) -> list:
 def _column(trial: Trial, column: str, index: int | None = None) -> np.ndarray:
     rows = trial.trace[:: max(len(trial.trace) // MOST_POINTS, 1)]
     return np.array([row[column] if index is None else row[column][index] for row in rows], dtype=float)
+
+
+def _common_prefix(names: list[str]) -> str:
+    """What all class names begin with, up to an underscore: ``digit_`` of digit_0, digit_1; it would crowd the axis."""
+    prefix = f"{names[0].rpartition('_')[0]}_"
+    return prefix if len(names) > 1 and all(name.startswith(prefix) for name in names) else ""
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:

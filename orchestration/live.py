@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterable
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -18,9 +19,10 @@ MOST_MULTIPLIERS = 4
 def trial_table(views: Iterable[TrialView], *, title: str, slots: int = 1) -> Table:
     """One row a trial: step, objective, worst violation, multipliers, verdict, time left."""
     views = list(views)
-    table = Table(title=title, title_justify="left", caption=_caption(views, slots), caption_justify="left", expand=False)
-    for name in ("trial", "status", "step", "objective", "worst violation", "multipliers", "constraints hold", "left"):
-        table.add_column(name, justify="left" if name in ("trial", "status", "multipliers", "constraints hold") else "right", no_wrap=name != "multipliers")
+    # Fits a terminal of 100 columns; the columns are those of the trace: smoothed worst violation, newest multipliers.
+    table = Table(title=title, title_justify="left", caption=_caption(views, slots), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for name in ("trial", "status", "step", "objective", "worst", "multipliers", "holds", "left"):
+        table.add_column(name, justify="right" if name in ("step", "objective", "worst", "left") else "left", no_wrap=name != "trial")
     for view in views:
         row = view.row or {}
         violations = row.get("smoothed_violations") or []
@@ -46,7 +48,7 @@ def verdict(view: TrialView) -> Text:
     violations = (view.row or {}).get("smoothed_violations")
     if not violations or view.over:
         return Text("-", style="dim")
-    return Text("yes, so far" if max(violations) <= 0 else "not yet", style="dim")
+    return Text("so far" if max(violations) <= 0 else "not yet", style="dim")
 
 
 def duration(seconds: float | None) -> str:
@@ -71,7 +73,7 @@ def _caption(views: list[TrialView], slots: int) -> str:
     parts = [f"{over} of {len(views)} trials done", f"{len(running)} running"]
     if failed:
         parts.append(f"{failed} failed")
-    if left is not None:
+    if left:
         parts.append(f"about {duration(left)} left")
     return ", ".join(parts)
 
@@ -122,4 +124,5 @@ class Progress:
                 self.console.print(
                     f"[{duration(time.time() - self.watcher.began)}] {view.point['label']}: {view.status} at step {view.dual_step}/{view.dual_steps}{worst}{state}",
                     highlight=False,
+                    soft_wrap=True,
                 )

@@ -98,3 +98,29 @@ def fresh_name(config: SweepConfig) -> SweepConfig:
     while (root / candidate).exists():
         candidate, number = f"{config.name}-{number}", number + 1
     return config.model_copy(update={"name": candidate})
+
+
+def first_point(config: SweepConfig, at: list[str]) -> SweepConfig:
+    """The config of one trial: the first point of the thresholds, or the values of ``axis=value`` strings; no baselines."""
+    if at:
+        values: dict[str, Any] = {}
+        for text in at:
+            axis, separator, value = text.partition("=")
+            try:
+                values[axis] = float(value)
+            except ValueError:
+                raise ConfigError(f"--at {text!r}: write it as axis=number, such as minority=0.1") from None
+            if not separator:
+                raise ConfigError(f"--at {text!r}: write it as axis=number, such as minority=0.1")
+    else:
+        try:
+            points = sweep_points(config, validate_spec(config.data).constraint_names)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        values = next((point["thresholds"] for point in points if point["kind"] == "constrained"), None)
+        if values is None:
+            raise ConfigError("thresholds.search has no first point: give one with --at axis=value")
+    dumped = config.to_dict()
+    dumped["thresholds"] = {"unit": config.thresholds.unit, "list": [values]}
+    dumped["baselines"] = {"unconstrained": False, "fixed_weights": []}
+    return SweepConfig.from_dict(dumped)

@@ -297,6 +297,18 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_running(folder: Path) -> bool:
+    """Whether a driver on this machine holds the sweep."""
+    try:
+        with open(folder / "driver.lock", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def _own_output(path: Path) -> Iterator[None]:
     """Tune prints tables whatever its verbosity; they go to a file, and so do Ray's log lines."""

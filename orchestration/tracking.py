@@ -364,8 +364,10 @@ class Tracker:
         With `reopen` a run that had ended shows as running again: a resumed sweep.
         """
 
+        flat = dict(_flatten(params))  # now, for the caller may go on with its dict
+
         def deliver() -> None:
-            self._describe(None, params, tags or {}, reopen)
+            self._describe(None, flat, tags or {}, reopen)
             for path in files:
                 self._client().log_artifact(self._run_id(None), str(path))
 
@@ -384,7 +386,8 @@ class Tracker:
         """Find or create the child run of a trial; `constraints` name the entries of the vectors in its rows."""
         self._trials[trial_id] = (label, tuple(constraints))
         self._unfinished.add(trial_id)
-        self._put("start", trial_id, lambda: self._describe(trial_id, params, tags or {}, reopen))
+        flat = dict(_flatten(params))
+        self._put("start", trial_id, lambda: self._describe(trial_id, flat, tags or {}, reopen))
 
     def log_rows(self, trial_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Hand over trace rows; they become metrics at step `dual_step` and time `wall_time`."""
@@ -508,14 +511,14 @@ class Tracker:
             self._run_ids[trial_id] = self._client().create_run(experiment_id, run_name=name, tags=tags).info.run_id
         return self._run_ids[trial_id]
 
-    def _describe(self, trial_id: str | None, params: Mapping[str, Any], tags: Mapping[str, str], reopen: bool) -> None:
+    def _describe(self, trial_id: str | None, params: Mapping[str, str], tags: Mapping[str, str], reopen: bool) -> None:
         """Parameters not there yet (MLflow never changes one; a changed one becomes a tag), tags, and the status."""
         from mlflow.entities import Param
 
         run_id = self._run_id(trial_id)
         run = self._client().get_run(run_id)
         known, tags, new = run.data.params, dict(tags), []
-        for key, value in _flatten(params):
+        for key, value in params.items():
             if key not in known:
                 new.append(Param(key, value))
             elif known[key] != value:

@@ -114,3 +114,19 @@ def load_model(folder: str | Path) -> Denoiser:
         return Denoiser(UNet2DModel.from_pretrained(folder, subfolder="unet", use_safetensors=True))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {folder!r} cannot be loaded as a diffusers UNet2DModel: {error}") from error
+
+
+def load_schedule(folder: str | Path) -> NoiseSchedule:
+    """The noise schedule stored beside a pipeline's model. Raises: ValueError when there is none."""
+    path = Path(folder) / "scheduler" / "scheduler_config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return NoiseSchedule(
+            kind=stored["beta_schedule"],
+            num_train_timesteps=stored["num_train_timesteps"],
+            beta_start=stored["beta_start"],
+            beta_end=stored["beta_end"],
+            clip_sample=stored["clip_sample"],
+        )
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"model {str(folder)!r}: no noise schedule in {path} ({error}); give a folder saved by a sweep") from error

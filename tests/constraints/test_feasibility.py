@@ -75,16 +75,16 @@ def test_the_interval_is_bonferroni_over_the_constraints():
     assert half_width(2) == pytest.approx(2.241403, abs=1e-5)
 
 
-@pytest.mark.parametrize("count, quantile", [(4, 3.18245), (11, 2.22814), (31, 2.04227)])
+@pytest.mark.parametrize("count, quantile", [(10, 2.26216), (11, 2.22814), (31, 2.04227)])
 def test_small_samples_widen_the_interval_like_student(count, quantile):
     certificate = certify(problem(1), state(0.0), [0.0], [1.0], count, 0.0)
-    assert certificate.interval[1] == pytest.approx(quantile, rel=0.04)  # as the docstring promises, tables of t
+    assert certificate.interval[1] == pytest.approx(quantile, rel=0.01)  # as the docstring promises, tables of t
 
 
 def test_too_few_draws_decide_nothing():
-    certificate = verdict([-5.0, -5.0], [0.01, 0.01], count=3)
+    certificate = verdict([-5.0, -5.0], [0.01, 0.01], count=9)
     assert certificate.verdict == "undecided"
-    assert any("only 3 draws" in reason for reason in certificate.reasons)
+    assert any("only 9 draws" in reason for reason in certificate.reasons)
 
 
 def test_a_feasible_verdict_at_the_edge_is_wrong_no_more_often_than_it_says():

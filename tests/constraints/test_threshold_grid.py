@@ -48,6 +48,12 @@ def test_random_points_lie_in_their_ranges_and_follow_the_seed_not_the_order_of_
     assert {p.id for p in grid_points(other_seed, GROUPS, "share")}.isdisjoint(p.id for p in points)
 
 
+def test_random_axes_are_drawn_independently_of_each_other():
+    axes = {"minority": {"uniform": [0.1, 0.3]}, "other": {"uniform": [0.1, 0.3]}}
+    points = grid_points({"random": {"points": 5, "axes": axes}}, GROUPS, "share")
+    assert all(m != s for m, _, s in values(points))
+
+
 def test_a_search_is_left_to_ray_tune_but_its_axes_are_checked():
     spec = {"search": {"axes": {"minority": {"uniform": [0.05, 0.2]}, "other": {"choice": [0.1, 0.2]}}, "points": 8}}
     assert grid_points(spec, GROUPS, "share") is None

@@ -158,7 +158,7 @@ def _write_trial(directory: Path, point: dict, unit: str, values: np.ndarray, rn
         "constraints": rows,
         "certificate": certificate.to_dict(),
         "histogram": {
-            "classes": [str(c) for c in range(10)],
+            "classes": [f"digit_{c}" for c in range(10)],
             "counts": counts.tolist(),
             "total": DRAWS,
             "prior": PRIOR.tolist(),
@@ -249,6 +249,12 @@ def edit_result(sweep_dir: Path, trial_id: str, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def edit_thresholds(sweep_dir: Path, trial_id: str, **thresholds: float) -> None:
+    points = json.loads((sweep_dir / "points.json").read_text())
+    next(point for point in points if point["trial_id"] == trial_id)["thresholds"].update(thresholds)
+    (sweep_dir / "points.json").write_text(json.dumps(points))
+
+
 def test_every_figure_is_a_readable_png_and_relaxations_are_left_out_where_all_are_zero(share_report):
     _, paths = share_report
     assert set(paths.figures) == FIGURES
@@ -337,7 +343,10 @@ def test_in_every_unit_the_stricter_request_is_the_stricter_end_of_the_front(tmp
     rows = next(trial for trial in sweep.trials if trial.trial_id == f"{unit}-1").constraints
     worst = min if unit == "reward" else max
     assert achieved[1] == worst(row["user_value"] for row in rows)
-    asked = [row["requested"] for row in frontier_table(sweep_dir) if row["kind"] == "constrained"]
+    edit_thresholds(sweep_dir, f"{unit}-5", digit_4=0.9, digit_7=0.07)  # a grid may ask each class for something else
+    requested = {row["trial_id"]: row["requested"] for row in frontier_table(sweep_dir)}
+    assert requested[f"{unit}-5"] == (0.07 if unit == "reward" else max(0.9, requested[f"{unit}-2"] * 1.07))
+    asked = [value for value in requested.values() if not math.isnan(value)]
     assert asked == sorted(asked, reverse=unit != "reward")
 
 
@@ -359,7 +368,12 @@ def test_thresholds_given_as_factors_are_shown_as_the_losses_they_became(tmp_pat
     config = yaml.safe_load((sweep_dir / "sweep.yaml").read_text())
     config["thresholds"]["relative"] = True
     (sweep_dir / "sweep.yaml").write_text(yaml.safe_dump(config))
-    edit_result(sweep_dir, "loss-1", thresholds=dict.fromkeys(MINORITY, 0.9))
+    rows = json.loads((sweep_dir / "trials/loss-1/result.json").read_text())["constraints"]
+    factors = {
+        "thresholds": dict.fromkeys(MINORITY, 0.9),
+        "constraints": [{**row, "user_threshold": 0.9} for row in rows],
+    }
+    edit_result(sweep_dir, "loss-1", **factors)
     rows = {row["trial_id"]: row for row in frontier_table(sweep_dir)}
     assert rows["loss-1"]["requested"] == 0.045  # the canonical threshold, not the factor 0.9
     assert math.isnan(rows["loss-5"]["requested"])  # without a result nobody knows the loss behind the factor
@@ -377,6 +391,26 @@ def test_the_frontier_crosses_infeasible_points_and_joins_only_those_that_hold(s
     broken = next(trial for trial in sweep.trials if trial.trial_id == "share-3")
     assert crossed == [pytest.approx([100 * broken.achieved[0], broken.objective])]
     assert any(text.get_text() == "≥ 30 % (infeasible)" for text in axes.texts)
+
+
+def test_histograms_mark_the_constrained_classes_whether_or_not_classes_carry_a_prefix(tmp_path):
+    from dualsweep.orchestration import figures
+
+    sweep_dir = write_sweep(tmp_path / "sweep")
+    for classes in (
+        [f"digit_{c}" for c in range(10)],
+        [str(c) for c in range(10)],
+        ["cat", "dog_4", "a_5", *"1237689"],
+    ):
+        for path in (sweep_dir / "trials").glob("*/result.json"):
+            result = json.loads(path.read_text())
+            if result["status"] == "completed":
+                edit_result(sweep_dir, path.parent.name, histogram={**result["histogram"], "classes": classes})
+        axes = figures.histograms(load_sweep(sweep_dir)).axes[3]
+        marked = [i for i, bar in enumerate(axes.patches) if bar.get_facecolor()[2] > 2 * bar.get_facecolor()[0]]
+        assert marked == ([6] if "cat" in classes else [4, 5, 7])
+        labels = [label.get_text() for label in axes.get_xticklabels()]
+        assert labels == (classes if "cat" in classes else [str(c) for c in range(10)])
 
 
 def test_a_verdict_on_a_failed_trial_counts_for_nothing(tmp_path):

@@ -1,0 +1,145 @@
+"""What can be said of sweeps from their folders, running or not: status, report, delivery to MLflow, samples."""
+
+import json
+import time
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from dualsweep.orchestration.config import ConfigError
+from dualsweep.orchestration.dual_ledger import FINAL, DualLedger
+from dualsweep.orchestration.dual_server import BASE_TRIAL, watched
+from dualsweep.orchestration.journal import JournalError, read_journal
+from dualsweep.orchestration.live import trial_table
+from dualsweep.orchestration.report import write_report
+from dualsweep.orchestration.sweep import is_running, stored_config
+from dualsweep.orchestration.tracking import Tracker, resolve_tracking_uri, sync_sweep
+from dualsweep.orchestration.watch import TrialView
+
+DELIVERY_S = 120.0
+
+
+def trial_views(root: Path, name: str) -> list[TrialView]:
+    """Every trial of a sweep, rebuilt from its journal. Raises: ConfigError for an unknown sweep or a damaged journal."""
+    config = stored_config(name, root)
+    folder = root / name
+    ledger = DualLedger()
+    try:
+        for record in read_journal(folder / "journal.jsonl"):
+            ledger.apply(record)
+        points = json.loads((folder / "points.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, JournalError) as error:
+        raise ConfigError(f"sweep {name!r}: {error}") from None
+    known = {point["trial_id"]: point for point in points}
+    for trial_id in ledger.trials:
+        label = "pretrained model" if trial_id == BASE_TRIAL else trial_id
+        kind = "base" if trial_id == BASE_TRIAL else "constrained"
+        known.setdefault(trial_id, {"trial_id": trial_id, "label": label, "kind": kind, "thresholds": {}, "fixed_weight": None})
+    running = is_running(folder)
+    views = []
+    for trial_id, point in known.items():
+        seen = watched(ledger.book(trial_id), 0, with_result=True)
+        steps = config.pretrain.steps if point["kind"] == "base" else config.primal.steps
+        status = seen["status"] if running or seen["status"] != "running" else "interrupted"
+        views.append(
+            TrialView(
+                {**point, "label": (seen["result"] or point)["label"]},
+                status=status,
+                dual_step=seen["dual_step"],
+                dual_steps=steps // config.dual.primal_steps_per_dual_step,
+                row=seen["row"],
+                names=seen["names"],
+                started=seen["started"],
+                result=seen["result"],
+                error=seen["error"],
+            )
+        )
+    return views
+
+
+def status_table(root: Path, name: str) -> Table:
+    views = trial_views(root, name)
+    state = "running" if is_running(root / name) else "not running"
+    return trial_table(views, title=f"{name} ({state})", slots=_slots(root, name))
+
+
+def _slots(root: Path, name: str) -> int:
+    concurrent = stored_config(name, root).compute.concurrent_trials
+    return 1 if concurrent == "auto" else concurrent
+
+
+def follow_status(root: Path, name: str, console: Console) -> None:
+    """Show the table until Ctrl-C or the end of the sweep."""
+    with Live(status_table(root, name), console=console, refresh_per_second=2) as live:
+        while is_running(root / name):
+            time.sleep(1.0)
+            live.update(status_table(root, name))
+
+
+def list_sweeps(root: Path) -> Table:
+    table = Table("sweep", "state", "trials done", "report", title=str(root), title_justify="left")
+    for path in sorted(root.glob("*/sweep.yaml")):
+        folder = path.parent
+        try:
+            views = trial_views(root, folder.name)
+            done = f"{sum(view.status in FINAL for view in views)} of {len(views)}"
+        except ConfigError as error:
+            done = f"unreadable: {error}"
+        page = folder / "report" / "index.html"
+        table.add_row(folder.name, "running" if is_running(folder) else "-", done, str(page) if page.is_file() else "")
+    return table
+
+
+def sweep_state(views: list[TrialView]) -> str:
+    """completed, failed (some trial failed) or interrupted (some trial has no end)."""
+    if any(view.status not in FINAL for view in views):
+        return "interrupted"
+    return "failed" if any(view.status in ("failed", "diverged") for view in views) else "completed"
+
+
+def rewrite_report(root: Path, name: str, *, track: bool) -> Path:
+    """Write the report again from the sweep's folder, and log it to the parent run."""
+    config = stored_config(name, root)
+    if not any((root / name / "trials").glob("*/result.json")):
+        raise ConfigError(f"name: sweep {name!r} has no finished trial yet; `dualsweep status {name}` shows where it stands")
+    page = write_report(root / name).index
+    if track:
+        tracker = Tracker(resolve_tracking_uri(config.tracking.uri, root), config.experiment, name, sweep_id=str(root / name))
+        tracker.finish_sweep(page.parent, sweep_state(trial_views(root, name)))
+        tracker.close(DELIVERY_S)
+    return page
+
+
+def deliver_again(root: Path, name: str) -> int:
+    """Hand everything in the sweep's folder to MLflow again. Returns: items it still has not got."""
+    config = stored_config(name, root)
+    tracker = Tracker(resolve_tracking_uri(config.tracking.uri, root), config.experiment, name, sweep_id=str(root / name))
+    sync_sweep(root / name, tracker)
+    return tracker.close(DELIVERY_S)
+
+
+def draw_samples(model: Path, out: Path, *, count: int, steps: int, seed: int) -> Path:
+    """A picture of samples of an image model, in a square grid. Raises: ConfigError for a folder that is no such model."""
+    from dualsweep.trainers.models import load_model, load_schedule
+    from dualsweep.trainers.samplers import ddim_sample, starting_noise
+
+    try:
+        denoiser, schedule = load_model(model), load_schedule(model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    size = denoiser.network.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (denoiser.network.config.in_channels, height, width)
+    start = starting_noise(seed=seed, counter=0, shards=[0], counts={0: count}, shape=shape)
+    samples = ddim_sample(denoiser, start, schedule, num_sampling_steps=steps).numpy()
+    side = int(np.ceil(np.sqrt(count)))
+    grid = np.full((side * side, *shape), -1.0, dtype=np.float32)
+    grid[:count] = samples
+    picture = grid.reshape(side, side, *shape).transpose(0, 3, 1, 4, 2).reshape(side * height, side * width, shape[0])
+    picture = np.clip((picture + 1) / 2, 0, 1).repeat(4, 0).repeat(4, 1)
+    matplotlib.image.imsave(out, picture.repeat(3, 2) if shape[0] == 1 else picture)
+    return out.absolute()
