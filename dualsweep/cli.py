@@ -151,8 +151,8 @@ def _finish(outcome) -> None:
         errors.print(f"[red]failed[/]   {label}: {error}", highlight=False, soft_wrap=True)
     if outcome.undelivered:
         errors.print(f"MLflow has not got {outcome.undelivered} items; `dualsweep sync {outcome.folder.name}` delivers them", highlight=False)
-    if outcome.cpus_held:
-        errors.print(f"Ray still holds {outcome.cpus_held:g} CPUs of this sweep", highlight=False)
+    if outcome.held.cpus or outcome.held.placement_groups:
+        errors.print(f"Ray still holds {outcome.held.cpus:g} CPUs and {outcome.held.placement_groups} placement groups of this sweep", highlight=False)
     if outcome.status == "interrupted":
         console.print(f"interrupted; `dualsweep resume {outcome.folder.name}` goes on", highlight=False)
     raise typer.Exit(outcome.exit_code)

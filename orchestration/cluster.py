@@ -1,8 +1,11 @@
 """Joining a Ray cluster or starting a local one, quietly and bound to loopback; what it can place."""
 
+import atexit
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,18 +34,25 @@ def quiet_environment() -> None:
 
 
 def leave_repository_root() -> None:
-    """Move to a neutral folder and take the old one off the import path.
+    """Move to an empty folder and take the old one off the import path, here and for Ray's processes.
 
-    Ray puts the driver's working directory in front of site-packages of every worker. Started from this repository's
-    root, `import datasets` would then find our folder instead of Hugging Face's library, on the driver and on workers.
+    Ray puts the driver's working directory in front of site-packages of every worker, and workers inherit PYTHONPATH.
+    Started from this repository's root, `import datasets` would then find our folder instead of Hugging Face's library.
     Resolve relative paths before calling this.
     """
-    here = Path.cwd()
-    if not (here / "constraints" / "__init__.py").exists() and not (here / "datasets" / "__init__.py").exists():
-        return
-    neutral = Path.home() if Path.home().is_dir() and Path.home() != here else Path("/")
+    here = Path.cwd().resolve()
+
+    def is_here(entry: str) -> bool:
+        return Path(entry or ".").resolve() == here
+
+    # Judged before the move: "" and relative entries mean the folder we are still in.
+    sys.path[:] = [entry for entry in sys.path if not is_here(entry)]
+    if "PYTHONPATH" in os.environ:
+        kept = [entry for entry in os.environ["PYTHONPATH"].split(os.pathsep) if not is_here(entry)]
+        os.environ["PYTHONPATH"] = os.pathsep.join(kept)
+    neutral = tempfile.mkdtemp(prefix="dualsweep-")
+    atexit.register(shutil.rmtree, neutral, ignore_errors=True)
     os.chdir(neutral)
-    sys.path[:] = [entry for entry in sys.path if entry and Path(entry).absolute() != here]
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class ClusterInfo:
     cpus: float
     gpus: float
     nodes: int
-    address: str
+    autoscaled: bool = False
 
 
 def start_ray(*, address: str | None = None, num_cpus: int | None = None) -> ClusterInfo:
@@ -95,8 +105,15 @@ def start_ray(*, address: str | None = None, num_cpus: int | None = None) -> Clu
         cpus=resources.get("CPU", 0.0),
         gpus=resources.get("GPU", 0.0),
         nodes=len(nodes),
-        address=ray.get_runtime_context().gcs_address,
+        autoscaled=bool(wanted) and _is_autoscaled(),
     )
+
+
+def _is_autoscaled() -> bool:
+    """Whether an autoscaler reports its status to the cluster: then nodes may come that are not there yet."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return _internal_kv_get(b"__autoscaling_status") is not None
 
 
 def stop_ray(info: ClusterInfo) -> None:
@@ -117,10 +134,14 @@ def slots_for(compute: ComputeConfig, info: ClusterInfo) -> int:
     Raises: ConfigError when not even one group fits into what the cluster has.
     """
     fit = groups_that_fit(compute, info.cpus, info.gpus)
+    if fit < 1 and info.autoscaled:  # nodes come once somebody waits for them
+        return 1 if compute.concurrent_trials == "auto" else compute.concurrent_trials
     if fit < 1:
         raise ConfigError(_too_large(compute, info.cpus, info.gpus, "the cluster"))
     if compute.concurrent_trials == "auto":
         return fit
+    if info.autoscaled:
+        return compute.concurrent_trials
     return min(compute.concurrent_trials, fit)
 
 
@@ -150,15 +171,25 @@ def _too_large(compute: ComputeConfig, cpus: float, gpus: float, where: str) -> 
     )
 
 
-def wait_until_free(timeout_s: float = 20.0) -> float:
-    """Wait until every CPU of the cluster is free again. Returns: CPUs still held when the time was over (0: none)."""
+@dataclass(frozen=True)
+class Held:
+    """What a sweep still holds of the cluster after its end; both should be 0."""
+
+    cpus: float
+    placement_groups: int
+
+
+def wait_until_free(timeout_s: float = 20.0) -> Held:
+    """Wait until every CPU is free again and no placement group is left, at most `timeout_s`."""
     import ray
+    from ray.util import placement_group_table
 
     deadline = time.monotonic() + timeout_s
     while True:
-        held = ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0)
-        if held <= 0 or time.monotonic() >= deadline:
-            return max(0.0, held)
+        cpus = ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0)
+        groups = sum(group["state"] != "REMOVED" for group in placement_group_table().values())
+        if (cpus <= 0 and groups == 0) or time.monotonic() >= deadline:
+            return Held(max(0.0, cpus), groups)
         time.sleep(0.2)
 
 

@@ -65,7 +65,7 @@ class DualLedger:
             raise StaleAttemptError(f"trial {trial_id}: attempt {attempt} began after attempt {book.attempt}")
         if dual_state is None:
             parsed = Problem.from_dict(problem)
-            dual_state = rule_from_config(rule).initial(parsed.names, np.asarray(start, dtype=np.float64), parsed.domain).to_dict()
+            dual_state = rule_from_config(rule, parsed.relaxation_costs).initial(parsed.names, np.asarray(start, dtype=np.float64), parsed.domain).to_dict()
         return [{"kind": "begin", "trial": trial_id, "attempt": attempt, "problem": problem, "rule": rule, "state": dual_state}]
 
     def report(self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]) -> list[dict[str, Any]]:
@@ -98,7 +98,8 @@ class DualLedger:
         kind = record["kind"]
         if kind == "begin":
             book.attempt, book.status, book.directive = record["attempt"], "running", "continue"
-            book.problem, book.rule = Problem.from_dict(record["problem"]), rule_from_config(record["rule"])
+            book.problem = Problem.from_dict(record["problem"])
+            book.rule = rule_from_config(record["rule"], book.problem.relaxation_costs)
             book.state = DualState.from_dict(record["state"])
             book.superseded_rows += len(book.rows) - book.state.step
             del book.rows[book.state.step :]

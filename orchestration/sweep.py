@@ -16,13 +16,14 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from dualsweep.orchestration.cluster import leave_repository_root, quiet_environment, slots_for, start_ray, stop_ray, wait_until_free
+from dualsweep.orchestration.cluster import Held, leave_repository_root, quiet_environment, slots_for, start_ray, stop_ray, wait_until_free
 from dualsweep.orchestration.config import ConfigError, SweepConfig
 from dualsweep.orchestration.dual_ledger import FINAL
 from dualsweep.orchestration.dual_server import BASE_TRIAL, RayDual, start_dual_server
 from dualsweep.orchestration.live import Progress
 from dualsweep.orchestration.points import Halt, build_search, search_settings
 from dualsweep.orchestration.preflight import Plan, preflight
+from dualsweep.orchestration.schedulers import trial_scheduler
 from dualsweep.orchestration.report import frontier_table, write_report
 from dualsweep.orchestration.tracking import Tracker
 from dualsweep.orchestration.watch import Watcher
@@ -44,7 +45,7 @@ class Outcome:
     failed: dict[str, str]  # label -> last line of its error
     table: list[dict[str, Any]]
     undelivered: int
-    cpus_held: float = 0.0
+    held: Held
 
     @property
     def exit_code(self) -> int:
@@ -63,7 +64,7 @@ def run_sweep(config: SweepConfig, *, resume: bool = False, address: str | None 
     on_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
     plan = preflight(config, resume=resume, on_cluster=on_cluster)
     quiet_environment()
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.compute.placement_timeout_s)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.compute.placement_timeout_s))
     leave_repository_root()
     with console.status("starting Ray"):
         info = start_ray(address=address)
@@ -134,7 +135,7 @@ def _fit(plan: Plan, points: list[dict[str, Any]], slots: int, searched: list[di
             num_samples=samples,
             max_concurrent_trials=slots,
             reuse_actors=True,
-            scheduler=_scheduler(config, dual_steps),
+            scheduler=trial_scheduler(config, dual_steps),
             metric=search_settings(config)["metric"] if config.thresholds.search else None,
             mode=search_settings(config)["mode"] if config.thresholds.search else None,
         ),
@@ -151,24 +152,6 @@ def _fit(plan: Plan, points: list[dict[str, Any]], slots: int, searched: list[di
     return errors[-1] if errors else None
 
 
-def _scheduler(config: SweepConfig, dual_steps: int):
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
-
-    settings = config.scheduler
-    if settings.kind == "fifo":
-        return FIFOScheduler()
-    metric = {} if config.thresholds.search else {"metric": settings.metric, "mode": "min"}
-    if settings.kind == "asha":
-        return ASHAScheduler(
-            time_attr="dual_step",
-            max_t=dual_steps + 1,  # a trial's own end is reported at dual_steps
-            grace_period=min(settings.grace_dual_steps, dual_steps),
-            reduction_factor=settings.reduction_factor,
-            **metric,
-        )
-    return MedianStoppingRule(time_attr="dual_step", grace_period=settings.grace_dual_steps, **metric)
-
-
 def _base_point(plan: Plan) -> dict[str, Any] | None:
     """The pretraining, unless its result is there: trained by an earlier sweep, or given by the user."""
     if (plan.base_dir / "calibration.json").exists():
@@ -176,7 +159,7 @@ def _base_point(plan: Plan) -> dict[str, Any] | None:
     return {"trial_id": BASE_TRIAL, "label": "pretrained model", "kind": "base", "thresholds": {}, "fixed_weight": None}
 
 
-def _conclude(plan: Plan, watcher: Watcher, tracker: Tracker, console: Console, interrupted: bool, failed_fit: str | None, held: float) -> Outcome:
+def _conclude(plan: Plan, watcher: Watcher, tracker: Tracker, console: Console, interrupted: bool, failed_fit: str | None, held: Held) -> Outcome:
     config = plan.config
     failed = {
         view.point["label"]: (view.error or "").strip().splitlines()[-1] if view.error else view.status

@@ -279,6 +279,8 @@ def test_a_resumed_sweep_goes_on_in_the_same_runs_even_with_another_parameter(ur
             tracker.start_sweep({"compute": {"workers": workers}})
             tracker.start_trial("t1", "point", {}, constraints=NAMES)
             tracker.log_rows("t1", make_rows(20)[10 * part : 10 * part + 10])
+            assert tracker.flush(PATIENCE) == 0
+            assert {run.info.status for run in runs_by_name(uri)[1].values()} == {"RUNNING"}
             tracker.finish_sweep(None, "interrupted" if part == 0 else "completed")
             if part == 0:
                 assert tracker.flush(PATIENCE) == 0

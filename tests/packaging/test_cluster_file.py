@@ -11,6 +11,8 @@ import yaml
 from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from dualsweep.orchestration.storage import storage_root
+
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("DUALSWEEP_STORAGE", "DUALSWEEP_TRACKING_URI", "MLFLOW_TRACKING_URI")
 
@@ -89,6 +91,21 @@ def test_storage_and_tracking_come_from_the_environment_of_every_node(cluster):
         assert any(option.startswith(f"--env={name}=") for option in options), name
 
 
+def test_storage_is_a_folder_that_is_mounted_on_every_node(cluster):
+    """A bucket's address is refused by ``dualsweep``: workers write through the file system."""
+    options = cluster["docker"]["run_options"]
+    (storage,) = [option.split("=", 2)[2] for option in options if option.startswith("--env=DUALSWEEP_STORAGE=")]
+    assert storage_root(storage) == Path("/mnt/shared/dualsweep")
+    assert "--volume=/mnt/shared:/mnt/shared" in options
+    assert any("mount -t nfs4" in command for command in cluster["initialization_commands"])
+
+
+def test_no_comment_slipped_into_a_command(cluster):
+    """In a folded string ``# EDIT`` is no YAML comment; Ray wraps commands in ``( )``, whose end it would swallow."""
+    commands = [command for key, value in cluster.items() if key.endswith("_commands") for command in value]
+    assert [command for command in commands if " #" in command] == []
+
+
 def test_the_token_is_asked_for_and_reaches_every_node(cluster):
     assert "--env=RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]
     assert cluster["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
@@ -157,6 +174,16 @@ def test_both_files_ask_for_as_many_workers_and_the_same_environment(cluster, ra
     on_aws = {option.split("=")[1] for option in cluster["docker"]["run_options"] if option.startswith("--env=")}
     on_aws.remove("RAY_AUTH_MODE")  # on Kubernetes the operator sets it, from authOptions
     assert on_aws == {entry["name"] for entry in only_container(group)["env"]}
+
+
+def test_the_manifests_storage_is_a_folder_that_every_pod_mounts(ray_cluster):
+    spec = ray_cluster["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        container = only_container(group)
+        (storage,) = [entry["value"] for entry in container["env"] if entry["name"] == "DUALSWEEP_STORAGE"]
+        (volume,) = [mount["name"] for mount in container["volumeMounts"] if storage.startswith(mount["mountPath"])]
+        (claim,) = [entry for entry in group["template"]["spec"]["volumes"] if entry["name"] == volume]
+        assert claim["persistentVolumeClaim"]["claimName"]
 
 
 # ---- deploy/Dockerfile
