@@ -13,15 +13,27 @@ from rich.table import Table
 
 from dualsweep import __version__
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Threshold sweeps of constrained diffusion training.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Threshold sweeps of constrained diffusion training.",
+)
 # Bound to the streams of now: while Tune runs, sys.stdout is redirected to the sweep's log.
 console = Console(file=sys.stdout)
 errors = Console(file=sys.stderr)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="FILE", help="A sweep's YAML file.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Fields to override.", show_default=False)]
-Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default RAY_ADDRESS, else Ray is started here.", show_default=False)]
-Storage = Annotated[str | None, typer.Option(help="Folder of the sweeps; default DUALSWEEP_STORAGE, else ./runs.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Fields to override.", show_default=False)
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to join; default RAY_ADDRESS, else Ray is started here.", show_default=False),
+]
+Storage = Annotated[
+    str | None, typer.Option(help="Folder of the sweeps; default DUALSWEEP_STORAGE, else ./runs.", show_default=False)
+]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A sweep's name.", show_default=False)]
 
 
@@ -30,7 +42,9 @@ def sweep(
     file: ConfigFile,
     overrides: Overrides = None,
     address: Address = None,
-    fresh_name: Annotated[bool, typer.Option("--fresh-name", help="Append a number to the name when it is taken.")] = False,
+    fresh_name: Annotated[
+        bool, typer.Option("--fresh-name", help="Append a number to the name when it is taken.")
+    ] = False,
 ) -> None:
     """Run a sweep: every threshold of FILE, the baselines, and the report."""
     from dualsweep.orchestration.config import load_config
@@ -46,7 +60,12 @@ def train(
     file: ConfigFile,
     overrides: Overrides = None,
     address: Address = None,
-    at: Annotated[list[str] | None, typer.Option(metavar="AXIS=VALUE", help="Threshold of an axis, such as minority=0.1; default the first point of FILE.")] = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="AXIS=VALUE", help="Threshold of an axis, such as minority=0.1; default the first point of FILE."
+        ),
+    ] = None,
 ) -> None:
     """Train one point of FILE, without baselines."""
     from dualsweep.orchestration.config import load_config
@@ -66,7 +85,9 @@ def resume(name: Name, storage: Storage = None, address: Address = None) -> None
 
 @app.command()
 def status(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A sweep's name; without it, all sweeps.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A sweep's name; without it, all sweeps.", show_default=False)
+    ] = None,
     storage: Storage = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep showing it until Ctrl-C.")] = False,
 ) -> None:
@@ -83,7 +104,11 @@ def status(
 
 
 @app.command()
-def report(name: Name, storage: Storage = None, track: Annotated[bool, typer.Option(help="Also log it to the sweep's MLflow run.")] = True) -> None:
+def report(
+    name: Name,
+    storage: Storage = None,
+    track: Annotated[bool, typer.Option(help="Also log it to the sweep's MLflow run.")] = True,
+) -> None:
     """Write the report of a sweep again."""
     from dualsweep.orchestration.status import rewrite_report
 
@@ -102,7 +127,10 @@ def sync(name: Name, storage: Storage = None) -> None:
 
 @app.command()
 def sample(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, such as runs/NAME/trials/ID/model.", show_default=False)],
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="A model folder, such as runs/NAME/trials/ID/model.", show_default=False),
+    ],
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("samples.png"),
     count: Annotated[int, typer.Option(min=1, max=10_000)] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
@@ -150,9 +178,15 @@ def _finish(outcome) -> None:
     for label, error in outcome.failed.items():
         errors.print(f"[red]failed[/]   {label}: {error}", highlight=False, soft_wrap=True)
     if outcome.undelivered:
-        errors.print(f"MLflow has not got {outcome.undelivered} items; `dualsweep sync {outcome.folder.name}` delivers them", highlight=False)
+        errors.print(
+            f"MLflow has not got {outcome.undelivered} items; `dualsweep sync {outcome.folder.name}` delivers them",
+            highlight=False,
+        )
     if outcome.held.cpus or outcome.held.placement_groups:
-        errors.print(f"Ray still holds {outcome.held.cpus:g} CPUs and {outcome.held.placement_groups} placement groups of this sweep", highlight=False)
+        errors.print(
+            f"Ray still holds {outcome.held.cpus:g} CPUs and {outcome.held.placement_groups} placement groups of this sweep",
+            highlight=False,
+        )
     if outcome.status == "interrupted":
         console.print(f"interrupted; `dualsweep resume {outcome.folder.name}` goes on", highlight=False)
     raise typer.Exit(outcome.exit_code)
@@ -161,7 +195,17 @@ def _finish(outcome) -> None:
 def _closing_table(rows: list[dict]) -> Table:
     """Baselines and points: what was asked, what came out, what it costs, and whether the certificate holds."""
     unit = rows[0]["unit"]
-    table = Table("trial", "status", f"asked ({unit})", f"least reached ({unit})", "cost in nats", "certificate", "front", title="result", title_justify="left")
+    table = Table(
+        "trial",
+        "status",
+        f"asked ({unit})",
+        f"least reached ({unit})",
+        "cost in nats",
+        "certificate",
+        "front",
+        title="result",
+        title_justify="left",
+    )
     for row in rows:
         table.add_row(
             row["label"],

@@ -60,7 +60,9 @@ class ModelConfig(_Section):
         if not self.channels:
             raise ValueError("channels is empty: give at least one width, such as [16, 32]")
         if self.attention is not None and len(self.attention) != len(self.channels):
-            raise ValueError(f"attention has {len(self.attention)} entries for {len(self.channels)} levels: give one a level")
+            raise ValueError(
+                f"attention has {len(self.attention)} entries for {len(self.channels)} levels: give one a level"
+            )
         bad = [c for c in self.channels if c % self.norm_groups]
         if self.kind == "unet" and bad:
             raise ValueError(f"channels {bad} are not multiples of norm_groups={self.norm_groups}")
@@ -241,7 +243,9 @@ class SweepConfig(_Section):
     @model_validator(mode="after")
     def _fits_together(self) -> "SweepConfig":
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
-            raise ValueError(f"name={self.name!r} is used as a folder name: use letters, digits, '.', '_' and '-' (at most 100)")
+            raise ValueError(
+                f"name={self.name!r} is used as a folder name: use letters, digits, '.', '_' and '-' (at most 100)"
+            )
         if self.primal.steps < self.dual.primal_steps_per_dual_step:
             raise ValueError(
                 f"dual.primal_steps_per_dual_step={self.dual.primal_steps_per_dual_step} is larger than "
@@ -374,7 +378,9 @@ def _known_keys(location: tuple) -> list[str]:
     for part in location:
         if not isinstance(part, str):
             continue
-        annotations = {n: f.annotation for n, f in at.model_fields.items()} if _is_model(at) else typing.get_type_hints(at)
+        annotations = (
+            {n: f.annotation for n, f in at.model_fields.items()} if _is_model(at) else typing.get_type_hints(at)
+        )
         if part not in annotations:
             continue  # pydantic adds the union member's name to the path
         at = _section_of(annotations[part]) or at
@@ -418,11 +424,15 @@ def expand_grid(config: SweepConfig, constraint_names: tuple[str, ...]) -> list[
         raise ConfigError(str(error)) from None
 
 
-def _point(trial_id: str, label: str, kind: str, thresholds: dict[str, float], weight: float | None = None) -> dict[str, Any]:
+def _point(
+    trial_id: str, label: str, kind: str, thresholds: dict[str, float], weight: float | None = None
+) -> dict[str, Any]:
     return {"trial_id": trial_id, "label": label, "kind": kind, "thresholds": thresholds, "fixed_weight": weight}
 
 
-def point_for_search(config: SweepConfig, constraint_names: tuple[str, ...], thresholds: dict[str, Any]) -> dict[str, Any]:
+def point_for_search(
+    config: SweepConfig, constraint_names: tuple[str, ...], thresholds: dict[str, Any]
+) -> dict[str, Any]:
     """The trial of thresholds that Tune's search algorithm chose, a value an axis."""
     point = grid_point(thresholds, {"minority": constraint_names}, config.thresholds.unit, path="thresholds.search")
     return _point(point.id, point.label, "constrained", point.thresholds)

@@ -13,7 +13,16 @@ from dualsweep.orchestration.config import ConfigError
 from dualsweep.orchestration.storage import check_writable
 
 # Oldest releases the project is tested with; the same bounds as in pyproject.toml.
-PACKAGES = {"torch": "2.6", "diffusers": "0.35", "accelerate": "1.6", "ray": "2.60", "mlflow": "3.17", "pyarrow": "16", "peft": "0.15", "optuna": "4.0"}
+PACKAGES = {
+    "torch": "2.6",
+    "diffusers": "0.35",
+    "accelerate": "1.6",
+    "ray": "2.60",
+    "mlflow": "3.17",
+    "pyarrow": "16",
+    "peft": "0.15",
+    "optuna": "4.0",
+}
 NEEDED_GB = 1.0
 
 
@@ -27,7 +36,14 @@ class Finding:
 
 def check_everything(root: Path, address: str | None) -> list[Finding]:
     """Every check with what to do about it; starts Ray only to look at a cluster that was named."""
-    rows = [_python(), *(_package(name, least) for name, least in PACKAGES.items()), _processors(), _gpus(), _storage(root), _disk(root)]
+    rows = [
+        _python(),
+        *(_package(name, least) for name, least in PACKAGES.items()),
+        _processors(),
+        _gpus(),
+        _storage(root),
+        _disk(root),
+    ]
     if address or os.environ.get("RAY_ADDRESS"):
         rows.append(_cluster(address))
     return rows
@@ -35,7 +51,12 @@ def check_everything(root: Path, address: str | None) -> list[Finding]:
 
 def _python() -> Finding:
     found = ".".join(map(str, sys.version_info[:3]))
-    return Finding(sys.version_info >= (3, 11), "Python", found, "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer")
+    return Finding(
+        sys.version_info >= (3, 11),
+        "Python",
+        found,
+        "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer",
+    )
 
 
 def _package(name: str, least: str) -> Finding:
@@ -75,7 +96,9 @@ def _disk(root: Path) -> Finding:
     while not root.exists():
         root = root.parent
     free = shutil.disk_usage(root).free / 2**30
-    return Finding(free >= NEEDED_GB, "disk", f"{free:.1f} GiB free", "" if free >= NEEDED_GB else f"free some space under {root}")
+    return Finding(
+        free >= NEEDED_GB, "disk", f"{free:.1f} GiB free", "" if free >= NEEDED_GB else f"free some space under {root}"
+    )
 
 
 def _cluster(address: str | None) -> Finding:

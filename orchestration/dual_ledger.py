@@ -58,15 +58,30 @@ class DualLedger:
     def book(self, trial_id: str) -> TrialBook:
         return self.trials.setdefault(trial_id, TrialBook(trial_id))
 
-    def begin(self, trial_id: str, attempt: int, *, problem: dict, rule: dict, start: list[float], dual_state: dict | None) -> list[dict[str, Any]]:
+    def begin(
+        self, trial_id: str, attempt: int, *, problem: dict, rule: dict, start: list[float], dual_state: dict | None
+    ) -> list[dict[str, Any]]:
         """Open an attempt: fence older ones, and rewind to `dual_state` (or to the start)."""
         book = self.book(trial_id)
         if attempt < book.attempt:
             raise StaleAttemptError(f"trial {trial_id}: attempt {attempt} began after attempt {book.attempt}")
         if dual_state is None:
             parsed = Problem.from_dict(problem)
-            dual_state = rule_from_config(rule, parsed.relaxation_costs).initial(parsed.names, np.asarray(start, dtype=np.float64), parsed.domain).to_dict()
-        return [{"kind": "begin", "trial": trial_id, "attempt": attempt, "problem": problem, "rule": rule, "state": dual_state}]
+            dual_state = (
+                rule_from_config(rule, parsed.relaxation_costs)
+                .initial(parsed.names, np.asarray(start, dtype=np.float64), parsed.domain)
+                .to_dict()
+            )
+        return [
+            {
+                "kind": "begin",
+                "trial": trial_id,
+                "attempt": attempt,
+                "problem": problem,
+                "rule": rule,
+                "state": dual_state,
+            }
+        ]
 
     def report(self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]) -> list[dict[str, Any]]:
         """One dual step.
@@ -90,7 +105,11 @@ class DualLedger:
 
     def reply(self, trial_id: str) -> Reply:
         book = self.book(trial_id)
-        return Reply(multipliers=tuple(book.state.multipliers.tolist()), directive=book.directive, dual_state=book.state.to_dict())
+        return Reply(
+            multipliers=tuple(book.state.multipliers.tolist()),
+            directive=book.directive,
+            dual_state=book.state.to_dict(),
+        )
 
     def apply(self, record: dict[str, Any]) -> None:
         """Perform one journal record. Replaying all of them in order gives the same ledger."""
@@ -119,7 +138,9 @@ class DualLedger:
             raise ValueError(f"journal record of unknown kind {kind!r}")
 
 
-def _row(problem: Problem, state: DualState, attempt: int, violation: np.ndarray, measurement: dict[str, Any]) -> dict[str, Any]:
+def _row(
+    problem: Problem, state: DualState, attempt: int, violation: np.ndarray, measurement: dict[str, Any]
+) -> dict[str, Any]:
     """The trace row of a dual step; `state` is the one after it."""
     grad_norm = measurement["grad_norm"]
     return {

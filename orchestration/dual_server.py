@@ -55,7 +55,9 @@ class DualServer:
                 book = self.ledger.book(assignment["trial_id"])
                 if book.status == "running" and book.attempt >= self._attempt_limit[book.trial_id]:
                     error = f"its workers died in each of {book.attempt} attempts, without a Python error; look at memory and at the Ray logs"
-                    await self._perform([{"kind": "end", "trial": book.trial_id, "status": "failed", "result": None, "error": error}])
+                    await self._perform(
+                        [{"kind": "end", "trial": book.trial_id, "status": "failed", "result": None, "error": error}]
+                    )
                 if assignment["trial_id"] != finished and book.status not in FINAL and not self._halting:
                     if assignment["kind"] == "base" or (Path(assignment["base_dir"]) / "calibration.json").exists():
                         return {**assignment, "attempt": book.attempt + 1}
@@ -67,10 +69,16 @@ class DualServer:
         base = self.ledger.trials.get(BASE_TRIAL)
         if base is not None and base.status in ("failed", "diverged"):
             error = f"the pretrained model every trial continues from could not be trained:\n{base.error}"
-            await self._perform([{"kind": "end", "trial": trial_id, "status": "failed", "result": None, "error": error}])
+            await self._perform(
+                [{"kind": "end", "trial": trial_id, "status": "failed", "result": None, "error": error}]
+            )
 
-    async def begin(self, trial_id: str, attempt: int, problem: dict, rule: dict, start: list[float], dual_state: dict | None) -> Reply:
-        await self._perform(self.ledger.begin(trial_id, attempt, problem=problem, rule=rule, start=start, dual_state=dual_state))
+    async def begin(
+        self, trial_id: str, attempt: int, problem: dict, rule: dict, start: list[float], dual_state: dict | None
+    ) -> Reply:
+        await self._perform(
+            self.ledger.begin(trial_id, attempt, problem=problem, rule=rule, start=start, dual_state=dual_state)
+        )
         return self.ledger.reply(trial_id)
 
     async def report(self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]) -> Reply:
@@ -217,7 +225,9 @@ class RayDual:
     def __init__(self, handle) -> None:
         self.handle = handle
 
-    def begin(self, trial_id: str, attempt: int, *, problem: dict, rule: dict, start: list[float], dual_state: dict | None) -> Reply:
+    def begin(
+        self, trial_id: str, attempt: int, *, problem: dict, rule: dict, start: list[float], dual_state: dict | None
+    ) -> Reply:
         return self.call("begin", trial_id, attempt, problem, rule, start, dual_state)
 
     def report(self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]) -> Reply:
@@ -229,7 +239,9 @@ class RayDual:
     def trace(self, trial_id: str) -> list[dict[str, Any]]:
         return self.call("trace", trial_id)
 
-    def end(self, trial_id: str, attempt: int, status: str, *, result: dict | None = None, error: str | None = None) -> None:
+    def end(
+        self, trial_id: str, attempt: int, status: str, *, result: dict | None = None, error: str | None = None
+    ) -> None:
         self.call("end", trial_id, attempt, status, result, error)
 
     def call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
@@ -246,7 +258,6 @@ class RayDual:
 
     def lease(self, slot: str, finished: str | None) -> dict[str, Any] | None:
         return ray.get(self.handle.lease.remote(slot, finished))
-
 
     def shutdown(self) -> None:
         """End the actor for good; its journal stays."""

@@ -63,7 +63,9 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
         body = line[9:].rstrip(b"\n")
         if not line.endswith(b"\n") or line[:8] != b"%08x" % zlib.crc32(body):
             if end < len(content):
-                raise JournalError(f"{path}: record at byte {offset} is corrupted; restore the file from a copy, or remove the sweep and run it again")
+                raise JournalError(
+                    f"{path}: record at byte {offset} is corrupted; restore the file from a copy, or remove the sweep and run it again"
+                )
             break
         records.append(json.loads(body))
         offset = end

@@ -12,7 +12,14 @@ from rich.text import Text
 
 from dualsweep.orchestration.watch import TrialView, Watcher
 
-_STYLES = {"running": "cyan", "completed": "green", "stopped": "yellow", "failed": "red", "diverged": "red", "interrupted": "yellow"}
+_STYLES = {
+    "running": "cyan",
+    "completed": "green",
+    "stopped": "yellow",
+    "failed": "red",
+    "diverged": "red",
+    "interrupted": "yellow",
+}
 MOST_MULTIPLIERS = 4
 
 
@@ -20,9 +27,19 @@ def trial_table(views: Iterable[TrialView], *, title: str, slots: int = 1) -> Ta
     """One row a trial: step, objective, worst violation, multipliers, verdict, time left."""
     views = list(views)
     # Fits a terminal of 100 columns; the columns are those of the trace: smoothed worst violation, newest multipliers.
-    table = Table(title=title, title_justify="left", caption=_caption(views, slots), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=_caption(views, slots),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+    )
     for name in ("trial", "status", "step", "objective", "worst", "multipliers", "holds", "left"):
-        table.add_column(name, justify="right" if name in ("step", "objective", "worst", "left") else "left", no_wrap=name != "trial")
+        table.add_column(
+            name, justify="right" if name in ("step", "objective", "worst", "left") else "left", no_wrap=name != "trial"
+        )
     for view in views:
         row = view.row or {}
         violations = row.get("smoothed_violations") or []
@@ -85,7 +102,9 @@ def sweep_seconds_left(views: list[TrialView], slots: int) -> float | None:
         return None
     paces = [(view.row["wall_time"] - view.started) / (view.dual_step - 1) for view in known]
     pace = sum(paces) / len(paces)
-    steps = sum(view.dual_steps - (view.dual_step if view.status == "running" else 0) for view in views if not view.over)
+    steps = sum(
+        view.dual_steps - (view.dual_step if view.status == "running" else 0) for view in views if not view.over
+    )
     return pace * steps / max(1, slots)
 
 
@@ -111,7 +130,11 @@ class Progress:
             self._live.stop()
 
     def _render(self) -> Table:
-        return trial_table(self.watcher.views.values(), title=f"{self.title}  ({duration(time.time() - self.watcher.began)})", slots=self.watcher.slots)
+        return trial_table(
+            self.watcher.views.values(),
+            title=f"{self.title}  ({duration(time.time() - self.watcher.began)})",
+            slots=self.watcher.slots,
+        )
 
     def _say(self) -> None:
         """Without a terminal: a line for every trial whose status changed."""
@@ -119,7 +142,11 @@ class Progress:
             if view.status != self._said.get(view.point["trial_id"], "waiting"):
                 self._said[view.point["trial_id"]] = view.status
                 row = view.row or {}
-                worst = f", worst violation {max(row['smoothed_violations']):+.3f}" if row.get("smoothed_violations") else ""
+                worst = (
+                    f", worst violation {max(row['smoothed_violations']):+.3f}"
+                    if row.get("smoothed_violations")
+                    else ""
+                )
                 state = f", {verdict(view)}" if (view.result or {}).get("certificate") else ""
                 self.console.print(
                     f"[{duration(time.time() - self.watcher.began)}] {view.point['label']}: {view.status} at step {view.dual_step}/{view.dual_steps}{worst}{state}",

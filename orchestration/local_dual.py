@@ -12,8 +12,12 @@ class LocalDual:
     def __init__(self) -> None:
         self.ledger = DualLedger()
 
-    def begin(self, trial_id: str, attempt: int, *, problem: dict, rule: dict, start: list[float], dual_state: dict | None) -> Reply:
-        self._perform(self.ledger.begin(trial_id, attempt, problem=problem, rule=rule, start=start, dual_state=dual_state))
+    def begin(
+        self, trial_id: str, attempt: int, *, problem: dict, rule: dict, start: list[float], dual_state: dict | None
+    ) -> Reply:
+        self._perform(
+            self.ledger.begin(trial_id, attempt, problem=problem, rule=rule, start=start, dual_state=dual_state)
+        )
         return self.ledger.reply(trial_id)
 
     def report(self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]) -> Reply:

@@ -27,7 +27,16 @@ class PointSearch(Searcher):
     Tune's own grid would work for the list alone; through one searcher, baselines, grids and searches take the same way.
     """
 
-    def __init__(self, points: list[dict[str, Any]], shared: dict[str, Any], inner: Searcher | None, metric: str, mode: str, searched: int, halt: Halt) -> None:
+    def __init__(
+        self,
+        points: list[dict[str, Any]],
+        shared: dict[str, Any],
+        inner: Searcher | None,
+        metric: str,
+        mode: str,
+        searched: int,
+        halt: Halt,
+    ) -> None:
         super().__init__(metric=metric, mode=mode)
         self._waiting = list(points)
         self._shared, self._inner, self._left = shared, inner, searched
@@ -73,7 +82,14 @@ def search_settings(config: SweepConfig) -> dict[str, Any]:
     for key in spec:
         if key not in known:
             raise ConfigError(f"thresholds.search.{key}: unknown key; known here: {', '.join(sorted(known))}")
-    settings = {"points": 8, "metric": "kkt_residual", "mode": "min", "algorithm": "optuna", "seed": config.seed, **spec}
+    settings = {
+        "points": 8,
+        "metric": "kkt_residual",
+        "mode": "min",
+        "algorithm": "optuna",
+        "seed": config.seed,
+        **spec,
+    }
     if not isinstance(settings["points"], int) or settings["points"] < 1:
         raise ConfigError(f"thresholds.search.points={settings['points']!r}: give a whole number of at least 1")
     if settings["mode"] not in ("min", "max"):
@@ -87,7 +103,13 @@ def search_settings(config: SweepConfig) -> dict[str, Any]:
     return settings
 
 
-def build_search(config: SweepConfig, points: list[dict[str, Any]], shared: dict[str, Any], finished: list[dict[str, Any]], halt: Halt) -> tuple[PointSearch, int]:
+def build_search(
+    config: SweepConfig,
+    points: list[dict[str, Any]],
+    shared: dict[str, Any],
+    finished: list[dict[str, Any]],
+    halt: Halt,
+) -> tuple[PointSearch, int]:
     """The searcher of a sweep and the number of trials it will hand out.
 
     Args:
@@ -99,7 +121,11 @@ def build_search(config: SweepConfig, points: list[dict[str, Any]], shared: dict
     settings = search_settings(config)
     metric, mode = settings["metric"], settings["mode"]
     space = {axis: _tune_domain(spec) for axis, spec in settings["axes"].items()}
-    sampler = optuna.samplers.RandomSampler(seed=settings["seed"]) if settings["algorithm"] == "random" else optuna.samplers.TPESampler(seed=settings["seed"])
+    sampler = (
+        optuna.samplers.RandomSampler(seed=settings["seed"])
+        if settings["algorithm"] == "random"
+        else optuna.samplers.TPESampler(seed=settings["seed"])
+    )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     inner = OptunaSearch(space, metric=metric, mode=mode, sampler=sampler)
     left = max(0, settings["points"] - len(finished))

@@ -42,7 +42,9 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
         tracking_uri = resolve_tracking_uri(config.tracking.uri, root)
         method = METHODS[config.method]
         if config.thresholds.unit not in method.units:
-            raise ConfigError(f"thresholds.unit={config.thresholds.unit!r}: method {config.method} takes {', '.join(method.units)}")
+            raise ConfigError(
+                f"thresholds.unit={config.thresholds.unit!r}: method {config.method} takes {', '.join(method.units)}"
+            )
         if config.thresholds.search is not None:
             search_settings(config)
         points = sweep_points(config, summary.constraint_names)
@@ -72,7 +74,9 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
 def _check_shards(config: SweepConfig) -> None:
     fewest = min(config.primal.num_shards, config.pretrain.num_shards)
     if config.compute.workers > fewest:
-        raise ConfigError(f"compute.workers={config.compute.workers}: more than the {fewest} logical shards of a batch; raise primal.num_shards and pretrain.num_shards")
+        raise ConfigError(
+            f"compute.workers={config.compute.workers}: more than the {fewest} logical shards of a batch; raise primal.num_shards and pretrain.num_shards"
+        )
 
 
 def _check_precision(config: SweepConfig) -> None:
@@ -80,7 +84,9 @@ def _check_precision(config: SweepConfig) -> None:
         if getattr(config, section).precision == "fp16" and config.compute.gpus_per_worker == 0:
             raise ConfigError(f"{section}.precision=fp16 needs a GPU (compute.gpus_per_worker is 0); use bf16 or fp32")
     if config.primal.precision != config.pretrain.precision:
-        raise ConfigError(f"pretrain.precision={config.pretrain.precision} differs from primal.precision={config.primal.precision}; one worker process keeps one precision")
+        raise ConfigError(
+            f"pretrain.precision={config.pretrain.precision} differs from primal.precision={config.primal.precision}; one worker process keeps one precision"
+        )
 
 
 def _check_pretrained(config: SweepConfig) -> None:
@@ -88,7 +94,9 @@ def _check_pretrained(config: SweepConfig) -> None:
     if folder and Path(folder).is_absolute():
         files = ("model_index.json", "config.json")
         if not any((Path(folder) / name).is_file() for name in files):
-            raise ConfigError(f"model.pretrained={folder!r}: holds neither {' nor '.join(files)}; give a diffusers model folder")
+            raise ConfigError(
+                f"model.pretrained={folder!r}: holds neither {' nor '.join(files)}; give a diffusers model folder"
+            )
 
 
 def fresh_name(config: SweepConfig) -> SweepConfig:

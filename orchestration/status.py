@@ -38,7 +38,9 @@ def trial_views(root: Path, name: str) -> list[TrialView]:
     for trial_id in ledger.trials:
         label = "pretrained model" if trial_id == BASE_TRIAL else trial_id
         kind = "base" if trial_id == BASE_TRIAL else "constrained"
-        known.setdefault(trial_id, {"trial_id": trial_id, "label": label, "kind": kind, "thresholds": {}, "fixed_weight": None})
+        known.setdefault(
+            trial_id, {"trial_id": trial_id, "label": label, "kind": kind, "thresholds": {}, "fixed_weight": None}
+        )
     running = is_running(folder)
     views = []
     for trial_id, point in known.items():
@@ -105,10 +107,14 @@ def rewrite_report(root: Path, name: str, *, track: bool) -> Path:
     """Write the report again from the sweep's folder, and log it to the parent run."""
     config = stored_config(name, root)
     if not any((root / name / "trials").glob("*/result.json")):
-        raise ConfigError(f"name: sweep {name!r} has no finished trial yet; `dualsweep status {name}` shows where it stands")
+        raise ConfigError(
+            f"name: sweep {name!r} has no finished trial yet; `dualsweep status {name}` shows where it stands"
+        )
     page = write_report(root / name).index
     if track:
-        tracker = Tracker(resolve_tracking_uri(config.tracking.uri, root), config.experiment, name, sweep_id=str(root / name))
+        tracker = Tracker(
+            resolve_tracking_uri(config.tracking.uri, root), config.experiment, name, sweep_id=str(root / name)
+        )
         tracker.finish_sweep(page.parent, sweep_state(trial_views(root, name)))
         tracker.close(DELIVERY_S)
     return page
@@ -117,7 +123,9 @@ def rewrite_report(root: Path, name: str, *, track: bool) -> Path:
 def deliver_again(root: Path, name: str) -> int:
     """Hand everything in the sweep's folder to MLflow again. Returns: items it still has not got."""
     config = stored_config(name, root)
-    tracker = Tracker(resolve_tracking_uri(config.tracking.uri, root), config.experiment, name, sweep_id=str(root / name))
+    tracker = Tracker(
+        resolve_tracking_uri(config.tracking.uri, root), config.experiment, name, sweep_id=str(root / name)
+    )
     sync_sweep(root / name, tracker)
     return tracker.close(DELIVERY_S)
 

@@ -35,4 +35,6 @@ def check_writable(root: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=nearest, prefix=".dualsweep-check-"):
             pass
     except OSError as error:
-        raise ConfigError(f"storage: {root} is not writable ({os.strerror(error.errno or 0)}); give another folder with storage=PATH") from None
+        raise ConfigError(
+            f"storage: {root} is not writable ({os.strerror(error.errno or 0)}); give another folder with storage=PATH"
+        ) from None

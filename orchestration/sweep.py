@@ -16,15 +16,23 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from dualsweep.orchestration.cluster import Held, leave_repository_root, quiet_environment, slots_for, start_ray, stop_ray, wait_until_free
+from dualsweep.orchestration.cluster import (
+    Held,
+    leave_repository_root,
+    quiet_environment,
+    slots_for,
+    start_ray,
+    stop_ray,
+    wait_until_free,
+)
 from dualsweep.orchestration.config import ConfigError, SweepConfig
 from dualsweep.orchestration.dual_ledger import FINAL
-from dualsweep.orchestration.dual_server import BASE_TRIAL, RayDual, start_dual_server
+from dualsweep.orchestration.dual_server import BASE_TRIAL, start_dual_server
 from dualsweep.orchestration.live import Progress
 from dualsweep.orchestration.points import Halt, build_search, search_settings
 from dualsweep.orchestration.preflight import Plan, preflight
-from dualsweep.orchestration.schedulers import trial_scheduler
 from dualsweep.orchestration.report import frontier_table, write_report
+from dualsweep.orchestration.schedulers import trial_scheduler
 from dualsweep.orchestration.tracking import Tracker
 from dualsweep.orchestration.watch import Watcher
 from dualsweep.trainers.loop import write_base, write_json
@@ -52,7 +60,9 @@ class Outcome:
         return {"completed": 0, "failed": 1, "interrupted": 130}[self.status]
 
 
-def run_sweep(config: SweepConfig, *, resume: bool = False, address: str | None = None, console: Console | None = None) -> Outcome:
+def run_sweep(
+    config: SweepConfig, *, resume: bool = False, address: str | None = None, console: Console | None = None
+) -> Outcome:
     """Check, run and report a sweep.
 
     Args:
@@ -73,7 +83,9 @@ def run_sweep(config: SweepConfig, *, resume: bool = False, address: str | None 
         with _locked(plan.folder):
             _write_plan(plan)
             where = f"{info.nodes} node{'s' * (info.nodes != 1)}, {info.cpus:g} CPUs, {info.gpus:g} GPUs"
-            console.print(f"[bold]{config.name}[/]: {len(plan.points)} trials, {slots} at a time on {where}", highlight=False)
+            console.print(
+                f"[bold]{config.name}[/]: {len(plan.points)} trials, {slots} at a time on {where}", highlight=False
+            )
             console.print(f"  folder   {plan.folder}\n  tracking {plan.tracking_uri}", highlight=False)
             return _run(plan, slots, console)
     finally:
@@ -96,18 +108,26 @@ def _run(plan: Plan, slots: int, console: Console) -> Outcome:
     try:
         with Progress(watcher, console, title=config.name), _interrupt_handler(halt, watcher, console):
             if todo or config.thresholds.search is not None:
-                searched = [seen["result"] for trial_id, seen in finished.items() if trial_id not in {p["trial_id"] for p in plan.points}]
+                searched = [
+                    seen["result"]
+                    for trial_id, seen in finished.items()
+                    if trial_id not in {p["trial_id"] for p in plan.points}
+                ]
                 failed_fit = _fit(plan, [base, *todo] if base else todo, slots, searched, halt)
     finally:
         watcher.stop()
         held = wait_until_free()
         server.shutdown()
     if watcher.error is not None:
-        raise RuntimeError("the sweep's watcher failed; results are in the journal, `dualsweep resume` goes on") from watcher.error
+        raise RuntimeError(
+            "the sweep's watcher failed; results are in the journal, `dualsweep resume` goes on"
+        ) from watcher.error
     return _conclude(plan, watcher, tracker, console, halt.requested, failed_fit, held)
 
 
-def _fit(plan: Plan, points: list[dict[str, Any]], slots: int, searched: list[dict[str, Any]], halt: Halt) -> str | None:
+def _fit(
+    plan: Plan, points: list[dict[str, Any]], slots: int, searched: list[dict[str, Any]], halt: Halt
+) -> str | None:
     """Run the points through Tune. Returns: an error that ended trials without their own, else None."""
     from ray import tune
     from ray.tune import TuneConfig, Tuner
@@ -159,8 +179,15 @@ def _base_point(plan: Plan) -> dict[str, Any] | None:
     return {"trial_id": BASE_TRIAL, "label": "pretrained model", "kind": "base", "thresholds": {}, "fixed_weight": None}
 
 
-def _conclude(plan: Plan, watcher: Watcher, tracker: Tracker, console: Console, interrupted: bool, failed_fit: str | None, held: Held) -> Outcome:
-    config = plan.config
+def _conclude(
+    plan: Plan,
+    watcher: Watcher,
+    tracker: Tracker,
+    console: Console,
+    interrupted: bool,
+    failed_fit: str | None,
+    held: Held,
+) -> Outcome:
     failed = {
         view.point["label"]: (view.error or "").strip().splitlines()[-1] if view.error else view.status
         for view in watcher.views.values()
@@ -175,10 +202,21 @@ def _conclude(plan: Plan, watcher: Watcher, tracker: Tracker, console: Console, 
     if any((plan.folder / "trials").glob("*/result.json")):
         with console.status("writing the report"):
             report = write_report(plan.folder).index
-    tracker.finish_sweep(report.parent if report else None, status, {"trials": len(watcher.views), "failed_trials": len(failed)})
+    tracker.finish_sweep(
+        report.parent if report else None, status, {"trials": len(watcher.views), "failed_trials": len(failed)}
+    )
     with console.status("delivering to MLflow"):
         undelivered = tracker.close(TRACKING_FLUSH_S)
-    return Outcome(status, plan.folder, report, plan.tracking_uri, failed, frontier_table(plan.folder) if report else [], undelivered, held)
+    return Outcome(
+        status,
+        plan.folder,
+        report,
+        plan.tracking_uri,
+        failed,
+        frontier_table(plan.folder) if report else [],
+        undelivered,
+        held,
+    )
 
 
 def relate_to_unconstrained(folder: Path) -> None:
@@ -228,7 +266,9 @@ def adopt_pretrained(plan: Plan) -> None:
 
     workspace = Workspace(plan.config.to_dict(), plan.config.data)
     denoiser = load_model(plan.config.model.pretrained)
-    write_base(plan.base_dir, lambda folder: save_model(denoiser, workspace.schedule, folder), calibrate(workspace, denoiser))
+    write_base(
+        plan.base_dir, lambda folder: save_model(denoiser, workspace.schedule, folder), calibrate(workspace, denoiser)
+    )
 
 
 def stored_config(name: str, storage: Path) -> SweepConfig:
@@ -258,7 +298,10 @@ def _interrupt_handler(halt: Halt, watcher: Watcher, console: Console) -> Iterat
             raise KeyboardInterrupt
         halt.requested = True
         watcher.interrupt()
-        console.print(f"interrupted: saving checkpoints, then `dualsweep resume {watcher.plan.config.name}` goes on (Ctrl-C again to stop at once)", highlight=False)
+        console.print(
+            f"interrupted: saving checkpoints, then `dualsweep resume {watcher.plan.config.name}` goes on (Ctrl-C again to stop at once)",
+            highlight=False,
+        )
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -276,7 +319,9 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"name: sweep {folder.name!r} is being run by another process; wait for it or interrupt it") from None
+            raise ConfigError(
+                f"name: sweep {folder.name!r} is being run by another process; wait for it or interrupt it"
+            ) from None
         yield
 
 
@@ -307,4 +352,3 @@ def _own_output(path: Path) -> Iterator[None]:
             for logger, handlers, propagate in before:
                 logger.handlers, logger.propagate = handlers, propagate
             handler.close()
-

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dualsweep.orchestration.dual_ledger import FINAL
@@ -95,7 +94,12 @@ class Watcher:
             view = self.views.get(trial_id) or self._searched(trial_id, seen)
             if view is None or trial_id in self._ended:
                 continue
-            view.status, view.dual_step, view.row, view.error = seen["status"], seen["dual_step"], seen["row"], seen["error"]
+            view.status, view.dual_step, view.row, view.error = (
+                seen["status"],
+                seen["dual_step"],
+                seen["row"],
+                seen["error"],
+            )
             view.names, view.started = seen["names"], seen["started"]
             view.primal_step = seen["row"]["primal_step"] if seen["row"] else 0
             self._track(trial_id, view, seen)
@@ -116,7 +120,9 @@ class Watcher:
             self._tracked.add(trial_id)
             point = view.point
             params = {"kind": point["kind"], "thresholds": point["thresholds"], "fixed_weight": point["fixed_weight"]}
-            self.tracker.start_trial(trial_id, point["label"], params, {"dualsweep.kind": point["kind"]}, constraints=view.names)
+            self.tracker.start_trial(
+                trial_id, point["label"], params, {"dualsweep.kind": point["kind"]}, constraints=view.names
+            )
         rows = self._rows.setdefault(trial_id, [])
         if seen["new_rows"]:
             rows += seen["new_rows"]

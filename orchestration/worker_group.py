@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -34,10 +33,14 @@ class WorkerGroup:
     def __init__(self, slot: str, config: SweepConfig, folder: Path) -> None:
         self.error: BaseException | None = None
         run = _in_process if config.compute.workers == 0 else _ray_train
-        self._thread = threading.Thread(target=self._guard, args=(run, slot, config, folder), daemon=True, name=f"worker-group-{slot}")
+        self._thread = threading.Thread(
+            target=self._guard, args=(run, slot, config, folder), daemon=True, name=f"worker-group-{slot}"
+        )
         self._thread.start()
 
-    def _guard(self, run: Callable[[str, SweepConfig, Path], None], slot: str, config: SweepConfig, folder: Path) -> None:
+    def _guard(
+        self, run: Callable[[str, SweepConfig, Path], None], slot: str, config: SweepConfig, folder: Path
+    ) -> None:
         try:
             run(slot, config, folder)
         except BaseException as error:  # noqa: BLE001  (a thread's exception is lost unless kept; the trial raises it)
@@ -64,7 +67,9 @@ def _ray_train(slot: str, config: SweepConfig, folder: Path) -> None:
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"slot": slot, "config": config.to_dict()},
-        scaling_config=ScalingConfig(num_workers=compute.workers, resources_per_worker=resources, use_gpu=compute.gpus_per_worker > 0),
+        scaling_config=ScalingConfig(
+            num_workers=compute.workers, resources_per_worker=resources, use_gpu=compute.gpus_per_worker > 0
+        ),
         run_config=RunConfig(
             name=f"slot-{slot}",
             storage_path=str(folder / "train"),

@@ -21,7 +21,9 @@ class Reply:
 class DualClient(Protocol):
     """Every call carries (trial, attempt): a repeated call changes nothing, one of an older attempt is refused."""
 
-    def begin(self, trial_id: str, attempt: int, *, problem: dict, rule: dict, start: list[float], dual_state: dict | None) -> Reply:
+    def begin(
+        self, trial_id: str, attempt: int, *, problem: dict, rule: dict, start: list[float], dual_state: dict | None
+    ) -> Reply:
         """Start or resume a trial; `dual_state` of a checkpoint rewinds the trial to it, None starts afresh."""
         ...
 

@@ -15,7 +15,15 @@ EVALUATION_COUNTER = 2**40  # keeps evaluation draws apart from every dual step'
 
 
 @torch.inference_mode()
-def weighted_errors(denoiser: torch.nn.Module, samples: np.ndarray, schedule: NoiseSchedule, *, levels: int, seed: int, batch_size: int = 256) -> np.ndarray:
+def weighted_errors(
+    denoiser: torch.nn.Module,
+    samples: np.ndarray,
+    schedule: NoiseSchedule,
+    *,
+    levels: int,
+    seed: int,
+    batch_size: int = 256,
+) -> np.ndarray:
     """Half the log-SNR integral of the squared noise-prediction error of every sample, nats, float64 shape (n,).
 
     The difference of two denoisers' values is the log likelihood ratio of the sample: the noise is drawn from `seed` alone,
@@ -42,7 +50,9 @@ def weighted_errors(denoiser: torch.nn.Module, samples: np.ndarray, schedule: No
 
 
 @torch.inference_mode()
-def denoising_losses(denoiser: torch.nn.Module, samples: np.ndarray, schedule: NoiseSchedule, *, draws: int, seed: int) -> np.ndarray:
+def denoising_losses(
+    denoiser: torch.nn.Module, samples: np.ndarray, schedule: NoiseSchedule, *, draws: int, seed: int
+) -> np.ndarray:
     """Table row (sum, sum of squares, count) of `draws` plain noise-prediction losses on samples of a set, uniform timesteps."""
     generator = np.random.Generator(np.random.Philox(key=[seed, 0x10555]))
     index = generator.integers(len(samples), size=draws)
@@ -52,7 +62,15 @@ def denoising_losses(denoiser: torch.nn.Module, samples: np.ndarray, schedule: N
         x_0 = torch.from_numpy(samples[part]).to(device)
         noise = torch.from_numpy(generator.standard_normal(x_0.shape, dtype=np.float32)).to(device)
         t = torch.from_numpy(generator.integers(schedule.num_train_timesteps, size=len(part))).to(device)
-        losses.append((denoiser(schedule.add_noise(x_0, noise, t), t).float() - noise).square().flatten(1).mean(1).double().cpu().numpy())
+        losses.append(
+            (denoiser(schedule.add_noise(x_0, noise, t), t).float() - noise)
+            .square()
+            .flatten(1)
+            .mean(1)
+            .double()
+            .cpu()
+            .numpy()
+        )
     values = np.concatenate(losses)
     return np.array([values.sum(), np.square(values).sum(), float(len(values))])
 
@@ -88,10 +106,16 @@ def evaluate(
     Args:
         base_errors: `weighted_errors` of the pretrained model on held_out_main with the same seed and levels.
     """
-    errors = weighted_errors(denoiser, held_out_main, schedule, levels=config["noise_levels"], seed=seed, batch_size=config["batch_size"])
+    errors = weighted_errors(
+        denoiser, held_out_main, schedule, levels=config["noise_levels"], seed=seed, batch_size=config["batch_size"]
+    )
     gap = errors - base_errors
-    start = starting_noise(seed=seed, counter=EVALUATION_COUNTER, shards=[0], counts={0: config["num_samples"]}, shape=sample_shape)
-    samples = ddim_sample(denoiser, start, schedule, num_sampling_steps=config["num_sampling_steps"], batch_size=config["batch_size"]).numpy()
+    start = starting_noise(
+        seed=seed, counter=EVALUATION_COUNTER, shards=[0], counts={0: config["num_samples"]}, shape=sample_shape
+    )
+    samples = ddim_sample(
+        denoiser, start, schedule, num_sampling_steps=config["num_sampling_steps"], batch_size=config["batch_size"]
+    ).numpy()
     weights = labeller.label(samples)
     if unit == "share":
         measurement = share_measurement(membership_table(weights, classes))

@@ -45,7 +45,10 @@ def evaluation_labeller(data: ConstrainedData, *, seed: int) -> Labeller:
 def _support_vectors(data: ConstrainedData, *, train: LabelledSet, test: LabelledSet, name: str) -> Labeller:
     rng = np.random.default_rng(0)
     kept = np.concatenate(
-        [rng.permutation(np.flatnonzero(train.labels == c))[:MAX_TRAINING_IMAGES_PER_CLASS] for c in np.unique(train.labels)]
+        [
+            rng.permutation(np.flatnonzero(train.labels == c))[:MAX_TRAINING_IMAGES_PER_CLASS]
+            for c in np.unique(train.labels)
+        ]
     )
     machine = SVC(C=10.0, class_weight="balanced").fit(_flat(train.samples[kept]), train.labels[kept])
     num_classes = len(data.class_names)
@@ -54,7 +57,11 @@ def _support_vectors(data: ConstrainedData, *, train: LabelledSet, test: Labelle
         return np.eye(num_classes)[machine.predict(_flat(samples))]
 
     tested = slice(0, 5000)
-    accuracy = float(np.mean(machine.predict(_flat(test.samples[tested])) == test.labels[tested])) if len(test.labels) else float("nan")
+    accuracy = (
+        float(np.mean(machine.predict(_flat(test.samples[tested])) == test.labels[tested]))
+        if len(test.labels)
+        else float("nan")
+    )
     return Labeller(label, f"{name} ({len(kept)} images)", accuracy, len(test.labels[tested]))
 
 

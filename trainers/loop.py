@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from dualsweep.constraints.closed_forms import (
 from dualsweep.trainers.dual_client import DualClient, Reply
 from dualsweep.trainers.evaluate import Evaluation, denoising_losses, evaluate
 from dualsweep.trainers.methods import METHODS, Method, StreamSums
-from dualsweep.trainers.methods.base import Batch
+from dualsweep.trainers.methods.base import make_batch
 from dualsweep.trainers.metrics import Measurement, ShareEstimator, loss_measurement, mean_and_stderr, share_measurement
 from dualsweep.trainers.models import save_model
 from dualsweep.trainers.primal import primal_step
@@ -100,7 +100,9 @@ class _Trial:
         status = "completed"
         trained.train()
         while train.primal_step < self.optimizer["steps"]:
-            batch = self._batch(streams.draw(train.primal_step, shards), streams.batch_sizes)
+            batch = make_batch(
+                workspace.tensors, streams.draw(train.primal_step, shards), streams.batch_sizes, workspace.device
+            )
             self.first_step = self.first_step or time.time()
             grad_norm = primal_step(
                 train,
@@ -117,7 +119,11 @@ class _Trial:
             measurement = self._measure(train, sums, shares, problem, reply, grad_norm)
             sums.reset()
             train.dual_step += 1
-            reply = self._agree(lambda m=measurement: self.dual.report(self.assignment.trial_id, self.assignment.attempt, train.dual_step, m))
+            reply = self._agree(
+                lambda m=measurement: self.dual.report(
+                    self.assignment.trial_id, self.assignment.attempt, train.dual_step, m
+                )
+            )
             multipliers.copy_(torch.tensor(reply.multipliers, dtype=torch.float32))
             if reply.directive == "interrupt" or train.dual_step % config["checkpoint_every_dual_steps"] == 0:
                 self._checkpoint(train, reply)
@@ -140,12 +146,19 @@ class _Trial:
         constraints = []
         for name in self.names:
             if self.assignment.kind == "constrained":
-                threshold = resolved_threshold(self.assignment.thresholds[name], self.unit, pretrained=calibration["loss"][name])
+                threshold = resolved_threshold(
+                    self.assignment.thresholds[name], self.unit, pretrained=calibration["loss"][name]
+                )
             else:
-                threshold = data.prior[data.constraint_classes[name]] if self.unit == "share" else calibration["loss"][name]
+                threshold = (
+                    data.prior[data.constraint_classes[name]] if self.unit == "share" else calibration["loss"][name]
+                )
             constraints.append(Constraint(name=name, unit=self.unit, threshold=threshold, metric=self.unit))
         return Problem(
-            method=config["method"], objective="denoising loss on the main set", constraints=tuple(constraints), domain=self.method.domain(constraints)
+            method=config["method"],
+            objective="denoising loss on the main set",
+            constraints=tuple(constraints),
+            domain=self.method.domain(constraints),
         )
 
     def _rule(self) -> tuple[dict[str, Any], list[float]]:
@@ -164,7 +177,12 @@ class _Trial:
         rule, start = self._rule()
         return self._agree(
             lambda: self.dual.begin(
-                self.assignment.trial_id, self.assignment.attempt, problem=problem.to_dict(), rule=rule, start=start, dual_state=dual_state
+                self.assignment.trial_id,
+                self.assignment.attempt,
+                problem=problem.to_dict(),
+                rule=rule,
+                start=start,
+                dual_state=dual_state,
             )
         )
 
@@ -177,17 +195,6 @@ class _Trial:
         return answer[0]
 
     # -- primal and dual steps -----------------------------------------------------------------------------------
-
-    def _batch(self, draws: dict[str, tuple], batch_sizes: dict[str, int]) -> Batch:
-        device, tensors = self.workspace.device, self.workspace.tensors
-        parts = [(tensors[name], *draws[name]) for name in batch_sizes]
-        return Batch(
-            x_0=torch.cat([samples[torch.from_numpy(indices).to(device)] for samples, indices, _, _ in parts]),
-            noise=torch.from_numpy(np.concatenate([noise for *_, noise in parts])).to(device),
-            timestep=torch.from_numpy(np.concatenate([timesteps for _, _, timesteps, _ in parts])).to(device),
-            counts=tuple(len(indices) for _, indices, _, _ in parts),
-            global_counts=tuple(batch_sizes.values()),
-        )
 
     def _share_estimator(self, shards: list[int]) -> tuple[ShareEstimator, list[int]] | None:
         if not self.names or self.unit != "share":
@@ -206,16 +213,19 @@ class _Trial:
         return estimator, shards
 
     def _measure(
-        self, train: TrainState, sums: StreamSums, shares: tuple[ShareEstimator, list[int]] | None, problem: Problem, reply: Reply, grad_norm: float
+        self,
+        train: TrainState,
+        sums: StreamSums,
+        shares: tuple[ShareEstimator, list[int]] | None,
+        problem: Problem,
+        reply: Reply,
+        grad_norm: float,
     ) -> dict[str, Any]:
         """What the dual step sees: stream losses of the primal steps since the last one, and the constraint metrics."""
         accelerator = self.workspace.accelerator
         table = (accelerator.reduce(sums.table, "sum") if self.workspace.world_size > 1 else sums.table).cpu().numpy()
         objective, objective_stderr = mean_and_stderr(*table[0])
-        if shares is not None:
-            measured = self._pooled_shares(train, *shares)
-        else:
-            measured = loss_measurement(table)
+        measured = self._pooled_shares(train, *shares) if shares is not None else loss_measurement(table)
         thresholds = problem.thresholds if self.unit == "loss" else np.zeros(len(self.names))
         stream_losses = [row[0] / row[2] for row in table[1:]]
         return {
@@ -323,7 +333,9 @@ class _Trial:
             "primal_steps": train.primal_step,
             "dual_steps": train.dual_step,
             "wall_seconds": time.time() - self.started,
-            "startup_seconds": self.first_step - self.assignment.handed_over if self.first_step and self.assignment.handed_over else None,
+            "startup_seconds": self.first_step - self.assignment.handed_over
+            if self.first_step and self.assignment.handed_over
+            else None,
             "objective": None,
             "exact_objective": class_restriction_objective(exact, self._prior()) if exact is not None else None,
             "constraints": [],
@@ -419,7 +431,9 @@ def calibrate(workspace: Workspace, denoiser: torch.nn.Module) -> dict[str, Any]
     """The pretrained model's own loss on every constraint set, with standard errors: the scale of relative thresholds."""
     losses, stderrs = {}, {}
     for name, samples in workspace.data.constraints.items():
-        row = denoising_losses(denoiser, samples, workspace.schedule, draws=CALIBRATION_DRAWS, seed=workspace.config["seed"])
+        row = denoising_losses(
+            denoiser, samples, workspace.schedule, draws=CALIBRATION_DRAWS, seed=workspace.config["seed"]
+        )
         losses[name], stderrs[name] = mean_and_stderr(*row)
     return {"loss": losses, "loss_stderr": stderrs, "draws": CALIBRATION_DRAWS, "data": workspace.data.fingerprint}
 
@@ -462,7 +476,3 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(path.name + f".part{os.getpid()}")
     part.write_text(json.dumps(value, indent=1), encoding="utf-8")
     os.replace(part, path)
-
-
-def with_attempt(assignment: Assignment, attempt: int) -> Assignment:
-    return replace(assignment, attempt=attempt)

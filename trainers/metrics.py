@@ -58,12 +58,24 @@ class ShareEstimator:
     -log share_i plus the misfit inside the class, and only the share answers to the multiplier (methods.md H1).
     """
 
-    def __init__(self, labeller: Labeller, classes: Sequence[int], schedule: NoiseSchedule, *, num_samples: int, num_sampling_steps: int, seed: int, num_shards: int) -> None:
+    def __init__(
+        self,
+        labeller: Labeller,
+        classes: Sequence[int],
+        schedule: NoiseSchedule,
+        *,
+        num_samples: int,
+        num_sampling_steps: int,
+        seed: int,
+        num_shards: int,
+    ) -> None:
         self.labeller, self.classes, self.schedule = labeller, list(classes), schedule
         self.num_sampling_steps, self.seed = num_sampling_steps, seed
         self.counts = {k: num_samples // num_shards + (k < num_samples % num_shards) for k in range(num_shards)}
 
-    def table(self, denoiser: torch.nn.Module, *, dual_step: int, shards: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
+    def table(
+        self, denoiser: torch.nn.Module, *, dual_step: int, shards: Sequence[int], shape: tuple[int, ...]
+    ) -> np.ndarray:
         """Sums, sums of squares and counts of membership weights over this worker's shards, float64 (num_constraints, 3)."""
         start = starting_noise(seed=self.seed, counter=dual_step, shards=shards, counts=self.counts, shape=shape)
         if not len(start):
@@ -75,4 +87,6 @@ class ShareEstimator:
 def membership_table(weights: np.ndarray, classes: Sequence[int]) -> np.ndarray:
     """(sum, sum of squares, count) of the columns `classes` of (n, num_classes) weights."""
     chosen = weights[:, list(classes)]
-    return np.stack([chosen.sum(0), np.square(chosen).sum(0), np.full(len(classes), len(weights), dtype=np.float64)], axis=1)
+    return np.stack(
+        [chosen.sum(0), np.square(chosen).sum(0), np.full(len(classes), len(weights), dtype=np.float64)], axis=1
+    )

@@ -22,7 +22,8 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         self.register_buffer("frequencies", torch.exp(torch.linspace(0.0, 5.0, 16)), persistent=False)
         self.enter = nn.Linear(dim + 32, width)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth)
+            nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(depth)
         )
         self.leave = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, dim))
         self.num_train_timesteps = num_train_timesteps
@@ -58,7 +59,9 @@ def build_denoiser(model: dict[str, Any], sample_shape: tuple[int, ...], schedul
     if model["kind"] == "mlp":
         (dim,) = sample_shape
         return Denoiser(
-            MLPDenoiser(dim=dim, width=model["width"], depth=model["depth"], num_train_timesteps=schedule.num_train_timesteps)
+            MLPDenoiser(
+                dim=dim, width=model["width"], depth=model["depth"], num_train_timesteps=schedule.num_train_timesteps
+            )
         )
     check_image_size(model, sample_shape)
     channels, height, width = sample_shape
@@ -91,7 +94,9 @@ def check_image_size(model: dict[str, Any], sample_shape: tuple[int, ...]) -> No
 def save_model(denoiser: Denoiser, schedule: NoiseSchedule, folder: Path) -> None:
     """Write the diffusers layout: a DDPMPipeline for U-Nets, a plain model folder for vectors. Safetensors only."""
     if isinstance(denoiser.network, UNet2DModel):
-        DDPMPipeline(unet=denoiser.network, scheduler=schedule.scheduler).save_pretrained(folder, safe_serialization=True)
+        DDPMPipeline(unet=denoiser.network, scheduler=schedule.scheduler).save_pretrained(
+            folder, safe_serialization=True
+        )
     else:
         denoiser.network.save_pretrained(folder, safe_serialization=True)
 
@@ -129,4 +134,6 @@ def load_schedule(folder: str | Path) -> NoiseSchedule:
             clip_sample=stored["clip_sample"],
         )
     except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"model {str(folder)!r}: no noise schedule in {path} ({error}); give a folder saved by a sweep") from error
+        raise ValueError(
+            f"model {str(folder)!r}: no noise schedule in {path} ({error}); give a folder saved by a sweep"
+        ) from error

@@ -9,7 +9,9 @@ from diffusers import DDIMScheduler
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 
 
-def starting_noise(*, seed: int, counter: int, shards: Iterable[int], counts: dict[int, int], shape: tuple[int, ...]) -> torch.Tensor:
+def starting_noise(
+    *, seed: int, counter: int, shards: Iterable[int], counts: dict[int, int], shape: tuple[int, ...]
+) -> torch.Tensor:
     """Standard normal starts, float32 (sum of counts of `shards`, *shape); shard k's numbers depend on (seed, counter, k) alone."""
     parts = []
     for shard in shards:
@@ -19,7 +21,14 @@ def starting_noise(*, seed: int, counter: int, shards: Iterable[int], counts: di
 
 
 @torch.inference_mode()
-def ddim_sample(denoiser: torch.nn.Module, start: torch.Tensor, schedule: NoiseSchedule, *, num_sampling_steps: int, batch_size: int = 256) -> torch.Tensor:
+def ddim_sample(
+    denoiser: torch.nn.Module,
+    start: torch.Tensor,
+    schedule: NoiseSchedule,
+    *,
+    num_sampling_steps: int,
+    batch_size: int = 256,
+) -> torch.Tensor:
     """Deterministic DDIM samples (eta = 0).
 
     Args:

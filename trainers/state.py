@@ -27,11 +27,19 @@ class TrainState:
     every stream. `extra` holds small JSON-able state of the estimators (pooled counts of the share estimate, say).
     """
 
-    def __init__(self, denoiser: torch.nn.Module, ema_denoiser: torch.nn.Module, optimizer_config: dict[str, Any], scaler: Any = None) -> None:
+    def __init__(
+        self,
+        denoiser: torch.nn.Module,
+        ema_denoiser: torch.nn.Module,
+        optimizer_config: dict[str, Any],
+        scaler: Any = None,
+    ) -> None:
         self.denoiser = denoiser
         self.ema_denoiser = ema_denoiser
         self.config = optimizer_config
-        self.optimizer = torch.optim.AdamW(denoiser.parameters(), lr=optimizer_config["lr"], weight_decay=optimizer_config["weight_decay"])
+        self.optimizer = torch.optim.AdamW(
+            denoiser.parameters(), lr=optimizer_config["lr"], weight_decay=optimizer_config["weight_decay"]
+        )
         # The EMA's shadow parameters *are* the second module's, so sampling from the EMA copies nothing.
         self.ema = EMAModel(ema_denoiser.parameters(), decay=optimizer_config["ema_decay"], foreach=True)
         self.ema.shadow_params = [p.requires_grad_(False) for p in ema_denoiser.parameters()]
@@ -114,11 +122,19 @@ class TrainState:
             self.optimizer.state.clear()
             for name, parameter in self.denoiser.named_parameters():
                 name = name.removeprefix("module.")
-                slots = {k: tensors[f"optimizer.{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{k}.{name}" in tensors}
+                slots = {
+                    k: tensors[f"optimizer.{k}.{name}"]
+                    for k in ("step", "exp_avg", "exp_avg_sq")
+                    if f"optimizer.{k}.{name}" in tensors
+                }
                 if slots:
-                    self.optimizer.state[parameter] = {k: v.clone() if k == "step" else v.to(parameter.device) for k, v in slots.items()}
+                    self.optimizer.state[parameter] = {
+                        k: v.clone() if k == "step" else v.to(parameter.device) for k, v in slots.items()
+                    }
         except (RuntimeError, KeyError) as error:
-            raise CheckpointError(f"checkpoint {folder}: its tensors do not fit the model: {error}; remove it to start again") from error
+            raise CheckpointError(
+                f"checkpoint {folder}: its tensors do not fit the model: {error}; remove it to start again"
+            ) from error
         self.ema.optimization_step = meta["ema_step"]
         if self.scaler is not None and meta["scaler"] is not None:
             self.scaler.load_state_dict(meta["scaler"])
@@ -141,7 +157,9 @@ def read_checkpoint_meta(folder: Path, *, fingerprint: str | None = None) -> dic
     if not isinstance(meta, dict) or meta.get("version") != CHECKPOINT_VERSION:
         raise CheckpointError(f"checkpoint {folder}: written by another version; {remedy}")
     if digest != meta.get("sha256"):
-        raise CheckpointError(f"checkpoint {folder / 'tensors.safetensors'}: corrupted (its checksum does not match state.json); {remedy}")
+        raise CheckpointError(
+            f"checkpoint {folder / 'tensors.safetensors'}: corrupted (its checksum does not match state.json); {remedy}"
+        )
     if fingerprint is not None and meta.get("fingerprint") != fingerprint:
         raise CheckpointError(f"checkpoint {folder}: belongs to another configuration of this trial; {remedy}")
     try:

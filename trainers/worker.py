@@ -22,7 +22,9 @@ class Server(DualClient, Protocol):
 
     def lease(self, slot: str, finished: str | None) -> dict[str, Any] | None: ...
 
-    def end(self, trial_id: str, attempt: int, status: str, *, result: dict | None = None, error: str | None = None) -> None: ...
+    def end(
+        self, trial_id: str, attempt: int, status: str, *, result: dict | None = None, error: str | None = None
+    ) -> None: ...
 
 
 def serve(server: Server, slot: str, config: dict[str, Any], data_spec: DatasetSpec, *, num_threads: int) -> None:

@@ -57,7 +57,9 @@ class Workspace:
 
     @property
     def evaluation_labeller(self) -> Labeller:
-        self._evaluation_labeller = self._evaluation_labeller or evaluation_labeller(self.data, seed=self.config["seed"])
+        self._evaluation_labeller = self._evaluation_labeller or evaluation_labeller(
+            self.data, seed=self.config["seed"]
+        )
         return self._evaluation_labeller
 
     def modules(self) -> tuple[nn.Module, Denoiser]:
@@ -93,7 +95,12 @@ class Workspace:
         if seed not in self._base_errors:
             levels = self.config["evaluation"]["noise_levels"]
             self._base_errors[seed] = weighted_errors(
-                self._base, self.data.held_out_main.samples, self.schedule, levels=levels, seed=seed, batch_size=self.config["evaluation"]["batch_size"]
+                self._base,
+                self.data.held_out_main.samples,
+                self.schedule,
+                levels=levels,
+                seed=seed,
+                batch_size=self.config["evaluation"]["batch_size"],
             )
         return self._base_errors[seed]
 

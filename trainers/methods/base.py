@@ -1,9 +1,10 @@
 """What a formulation owes the training loop."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from dualsweep.constraints import Constraint, DualDomain
@@ -18,6 +19,34 @@ class Batch:
     timestep: torch.Tensor  # int64 (batch,)
     counts: tuple[int, ...]  # samples of each stream held by this worker
     global_counts: tuple[int, ...]  # the same over all workers
+
+
+def make_batch(
+    tensors: Mapping[str, torch.Tensor],
+    draws: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    batch_sizes: Mapping[str, int],
+    device: torch.device,
+) -> Batch:
+    """This worker's batch from the streams' draws.
+
+    Args:
+        tensors: stream name -> all its samples, on `device`.
+        draws: stream name -> (indices, timesteps, noise), as `Streams.draw` gives them.
+        batch_sizes: stream name -> samples over all workers.
+    """
+    indices, timesteps, noises = zip(*(draws[name] for name in batch_sizes), strict=True)
+    return Batch(
+        x_0=torch.cat(
+            [
+                tensors[name][torch.from_numpy(index).to(device)]
+                for name, index in zip(batch_sizes, indices, strict=True)
+            ]
+        ),
+        noise=torch.from_numpy(np.concatenate(noises)).to(device),
+        timestep=torch.from_numpy(np.concatenate(timesteps)).to(device),
+        counts=tuple(len(index) for index in indices),
+        global_counts=tuple(batch_sizes.values()),
+    )
 
 
 class StreamSums:
@@ -49,6 +78,8 @@ class Method(Protocol):
         """Where the multipliers may live."""
         ...
 
-    def primal_loss(self, denoiser: torch.nn.Module, schedule, batch: Batch, multipliers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def primal_loss(
+        self, denoiser: torch.nn.Module, schedule, batch: Batch, multipliers: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """This worker's part of the Lagrangian (parts add up over workers) and the per-sample losses, shape (batch,)."""
         ...

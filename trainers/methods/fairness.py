@@ -23,7 +23,9 @@ class Fairness:
     def domain(self, constraints: Sequence[Constraint]) -> DualDomain:
         return NonNegative()
 
-    def primal_loss(self, denoiser: torch.nn.Module, schedule, batch: Batch, multipliers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def primal_loss(
+        self, denoiser: torch.nn.Module, schedule, batch: Batch, multipliers: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """All streams in one forward; the weight of a sample is its stream's multiplier over its stream's global count.
 
         Args:
@@ -38,5 +40,7 @@ class Fairness:
         if self.normalize:
             weights = weights / (1.0 + multipliers.sum())
         repeats = torch.tensor(batch.counts, device=losses.device)
-        per_sample = torch.repeat_interleave(weights / weights.new_tensor(batch.global_counts), repeats, output_size=len(losses))
+        per_sample = torch.repeat_interleave(
+            weights / weights.new_tensor(batch.global_counts), repeats, output_size=len(losses)
+        )
         return torch.dot(losses, per_sample), losses

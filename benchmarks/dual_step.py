@@ -1,0 +1,124 @@
+"""What a dual step adds to the primal steps it follows, at the main job's size.
+
+Three ways, in turn, on a real local Ray with the durable journal on: the primal steps alone; with the report to the
+DualServer and its answer in use; and with the measurement of the shares as well. `overhead_fraction` is the report (made,
+answered, new multipliers in the tensor) over the primal steps of one dual interval; `measure_fraction` is the sampling that
+the share unit needs, which is the metric's cost and not the dual step's.
+
+    python benchmarks/dual_step.py [--repeats 15]
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from _harness import closing_line, seconds, spread
+
+from dualsweep.constraints import Constraint, Problem
+from dualsweep.orchestration.cluster import start_ray, stop_ray
+from dualsweep.orchestration.config import load_config
+from dualsweep.orchestration.dual_server import start_dual_server
+from dualsweep.trainers.methods import Fairness, StreamSums
+from dualsweep.trainers.methods.base import make_batch
+from dualsweep.trainers.metrics import ShareEstimator, share_measurement
+from dualsweep.trainers.primal import primal_step
+from dualsweep.trainers.state import TrainState
+from dualsweep.trainers.workspace import Workspace
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    config = load_config(Path(__file__).parents[1] / "examples" / "digits_fairness.yaml", environment=False)
+    values = config.to_dict()
+    workspace = Workspace(values, config.data)
+    workspace.fill(None)
+    trained, ema = workspace.modules()
+    names = workspace.constraint_names
+    train = TrainState(trained, ema, values["primal"])
+    streams = workspace.streams(values["primal"], names, config.seed)
+    shards = list(streams.shards_of(0, 1))
+    multipliers = torch.zeros(len(names))
+    method, sums = Fairness(), StreamSums(1 + len(names), workspace.device)
+    interval = config.dual.primal_steps_per_dual_step
+    classes = [workspace.data.constraint_classes[name] for name in names]
+    estimator = ShareEstimator(
+        workspace.training_labeller, classes, workspace.schedule, **{k: values["share"][k] for k in ("num_samples", "num_sampling_steps")},
+        seed=0, num_shards=config.primal.num_shards,
+    )  # fmt: skip
+    problem = Problem(
+        method="fairness",
+        objective="loss",
+        constraints=tuple(Constraint(name=name, unit="share", threshold=0.1) for name in names),
+    )
+    info = start_ray(num_cpus=2)
+    with tempfile.TemporaryDirectory() as folder:
+        server = start_dual_server("benchmark", Path(folder) / "journal.jsonl")
+        server.begin(
+            "t", 1, problem=problem.to_dict(), rule=config.dual.rule_config(), start=[0.0] * len(names), dual_state=None
+        )
+        state = {"dual_step": 0}
+
+        def primal_steps() -> None:
+            for _ in range(interval):
+                batch = make_batch(
+                    workspace.tensors, streams.draw(train.primal_step, shards), streams.batch_sizes, workspace.device
+                )
+                primal_step(
+                    train,
+                    method,
+                    workspace.schedule,
+                    batch,
+                    multipliers,
+                    accelerator=workspace.accelerator,
+                    grad_clip=1.0,
+                    sums=sums,
+                )
+
+        def measure():
+            return share_measurement(
+                estimator.table(ema, dual_step=state["dual_step"], shards=shards, shape=workspace.data.sample_shape)
+            )
+
+        def dual_step(measured) -> None:
+            table = sums.table.cpu().numpy()
+            state["dual_step"] += 1
+            reply = server.report(
+                "t", 1, state["dual_step"],
+                {
+                    "primal_step": train.primal_step, "wall_time": time.time(), "lr": train.lr, "grad_norm": 1.0,
+                    "objective": float(table[0, 0] / table[0, 2]), "objective_stderr": 0.01, "lagrangian": 1.0,
+                    "metrics": measured.metrics, "metric_stderrs": measured.stderrs, "counts": measured.counts,
+                },
+            )  # fmt: skip
+            multipliers.copy_(torch.tensor(reply.multipliers))
+            sums.reset()
+
+        primal_steps(), dual_step(measure())
+        primal, measuring, dual = [], [], []
+        for _ in range(options.repeats):
+            primal.append(seconds(primal_steps))
+            kept = []
+            measuring.append(seconds(lambda kept=kept: kept.append(measure())))
+            dual.append(seconds(lambda kept=kept: dual_step(kept[0])))
+        server.shutdown()
+    stop_ray(info)
+    overhead = [d / p for d, p in zip(dual, primal, strict=True)]
+    sampling = [m / p for m, p in zip(measuring, primal, strict=True)]
+    print(f"{interval} primal steps     {spread(primal)}")
+    print(f"report to answer    {spread(dual)}")
+    print(f"measuring shares    {spread(measuring)}")
+    print(f"report / primal     {spread(overhead, '', 5)}")
+    print(f"measuring / primal  {spread(sampling, '', 5)}")
+    closing_line(
+        "dual_step", {"overhead_fraction": statistics.median(overhead), "measure_fraction": statistics.median(sampling)}
+    )
+
+
+if __name__ == "__main__":
+    main()
