@@ -1,5 +1,6 @@
 """The one training loop: a trial from its assignment to its result, for every method, on one worker or many."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ from dualsweep.trainers.state import CheckpointError, TrainState, read_checkpoin
 from dualsweep.trainers.workspace import Workspace, read_json
 
 KEPT_CHECKPOINTS = 2
+TRAINING_SECTIONS = ("method", "seed", "data", "model", "schedule", "pretrain", "primal", "dual", "share", "thresholds")
 CALIBRATION_DRAWS = 8192
 
 
@@ -50,10 +52,10 @@ class Assignment:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @property
-    def fingerprint(self) -> str:
-        """What a checkpoint must agree with to be resumed from."""
-        return json.dumps([self.trial_id, self.kind, self.thresholds, self.fixed_weight], sort_keys=True)
+    def fingerprint(self, config: dict[str, Any]) -> str:
+        """What a checkpoint must agree with to be resumed from: the point and every setting the training depends on."""
+        parts = [{key: config[key] for key in TRAINING_SECTIONS}, self.trial_id, self.kind, self.thresholds, self.fixed_weight]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def run_trial(workspace: Workspace, assignment: Assignment, dual: DualClient) -> dict[str, Any] | None:
@@ -79,6 +81,7 @@ class _Trial:
         self.unit: str = config["thresholds"]["unit"]
         self.names = workspace.constraint_names if assignment.kind in ("constrained", "fixed_weights") else ()
         self.method: Method = METHODS[config["method"]](normalize=self.optimizer.get("normalize", True))
+        self.fingerprint = assignment.fingerprint(config)
         self.started = time.time()
         self.first_step: float | None = None
 
@@ -171,9 +174,9 @@ class _Trial:
     def _begin(self, train: TrainState, problem: Problem) -> Reply:
         """Restore the newest whole checkpoint if there is one, and tell the dual side where this attempt starts."""
         dual_state = None
-        checkpoint = newest_checkpoint(self.folder, self.assignment.fingerprint)
+        checkpoint = newest_checkpoint(self.folder, self.fingerprint)
         if checkpoint is not None:
-            dual_state = train.restore(checkpoint, fingerprint=self.assignment.fingerprint)
+            dual_state = train.restore(checkpoint, fingerprint=self.fingerprint)
         rule, start = self._rule()
         return self._agree(
             lambda: self.dual.begin(
@@ -256,7 +259,7 @@ class _Trial:
         if self.workspace.rank == 0:
             folder = self.folder / "checkpoints" / f"step-{train.dual_step:06d}"
             folder.parent.mkdir(parents=True, exist_ok=True)
-            train.save(folder, dual_state=reply.dual_state, fingerprint=self.assignment.fingerprint)
+            train.save(folder, dual_state=reply.dual_state, fingerprint=self.fingerprint)
             for old in sorted(folder.parent.glob("step-??????"))[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old, ignore_errors=True)
             self.dual.checkpointed(self.assignment.trial_id, self.assignment.attempt, train.dual_step, str(folder))

@@ -80,7 +80,7 @@ def test_a_sweep_leaves_results_traces_models_and_a_report(tiny_config, tmp_path
     folder = mlflow.artifacts.download_artifacts(model.model_uri, dst_path=str(tmp_path / "downloaded"))
     (index,) = [path for path in (tmp_path / "downloaded").rglob("model_index.json")]
     pipeline = diffusers.DDPMPipeline.from_pretrained(index.parent)
-    assert pipeline.unet.config.block_out_channels == (8, 16), folder
+    assert tuple(pipeline.unet.config.block_out_channels) == (8, 16), folder
 
 
 def test_asha_gives_every_cpu_back_and_leaves_no_placement_group(tiny_config):

@@ -63,7 +63,9 @@ def reference_loss(denoiser, batch, multipliers, *, normalize):
     """sum_l mu_l MSE_l with mu_0 = 1, a forward a stream, over 1 + Lambda if asked."""
     total = 0.0
     weights = [1.0, *multipliers]
-    streams = zip(batch.x_0.split(batch.counts), batch.noise.split(batch.counts), batch.timestep.split(batch.counts), strict=True)
+    streams = zip(
+        batch.x_0.split(batch.counts), batch.noise.split(batch.counts), batch.timestep.split(batch.counts), strict=True
+    )
     for weight, (x_0, noise, timestep) in zip(weights, streams, strict=True):
         alpha_bar = torch.from_numpy(SCHEDULE.alpha_bar)[timestep][:, None]
         x_t = alpha_bar.sqrt().float() * x_0 + (1 - alpha_bar).sqrt().float() * noise
@@ -94,15 +96,17 @@ def test_swapped_weights_are_noticed():
     denoiser, batch = Nonlinear(), make_batch()
     loss = fused(denoiser, batch, MULTIPLIERS)
     swapped = reference_loss(denoiser, batch, MULTIPLIERS.flip(0), normalize=True)
-    assert abs(float(loss - swapped)) > 1e-2
+    assert abs((loss - swapped).item()) > 1e-2
     plain = reference_loss(denoiser, batch, MULTIPLIERS, normalize=False)
-    assert abs(float(loss - plain)) > 1e-2
+    assert abs((loss - plain).item()) > 1e-2
 
 
 def test_an_unconstrained_run_is_plain_denoising():
     denoiser, batch = Nonlinear(), make_batch(counts=(9,))
     none = torch.zeros(0, dtype=torch.float64)
-    torch.testing.assert_close(fused(denoiser, batch, none), reference_loss(denoiser, batch, none, normalize=False), rtol=RTOL, atol=0)
+    torch.testing.assert_close(
+        fused(denoiser, batch, none), reference_loss(denoiser, batch, none, normalize=False), rtol=RTOL, atol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +114,11 @@ def test_an_unconstrained_run_is_plain_denoising():
     [
         [(slice(0, 5), slice(0, 4), slice(0, 1)), (slice(5, 8), slice(4, 5), slice(1, 3))],
         # The last of three workers holds nothing of the second constraint.
-        [(slice(0, 1), slice(0, 3), slice(0, 2)), (slice(1, 6), slice(3, 4), slice(2, 3)), (slice(6, 8), slice(4, 5), slice(3, 3))],
+        [
+            (slice(0, 1), slice(0, 3), slice(0, 2)),
+            (slice(1, 6), slice(3, 4), slice(2, 3)),
+            (slice(6, 8), slice(4, 5), slice(3, 3)),
+        ],
     ],
     ids=["two workers", "three workers"],
 )
@@ -119,7 +127,9 @@ def test_uneven_parts_of_several_workers_add_up_to_the_whole(pieces):
     whole = fused(denoiser, batch, MULTIPLIERS)
     parts = [fused(denoiser, part_of(batch, piece), MULTIPLIERS) for piece in pieces]
     torch.testing.assert_close(sum(parts), whole, rtol=RTOL, atol=0)
-    torch.testing.assert_close(sum(gradients(p, denoiser) for p in parts), gradients(whole, denoiser), rtol=RTOL, atol=RTOL)
+    torch.testing.assert_close(
+        sum(gradients(p, denoiser) for p in parts), gradients(whole, denoiser), rtol=RTOL, atol=RTOL
+    )
 
 
 def test_the_gradient_is_the_slope_of_the_loss():
@@ -132,7 +142,7 @@ def test_the_gradient_is_the_slope_of_the_loss():
             ends = []
             for sign in (1, -1):
                 weight[row, column] += sign * step
-                ends.append(float(fused(denoiser, batch, MULTIPLIERS)))
+                ends.append(fused(denoiser, batch, MULTIPLIERS).item())
                 weight[row, column] -= sign * step
             assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(gradient[row, column]), abs=1e-5)
 
@@ -145,7 +155,9 @@ def test_per_sample_losses_are_means_over_a_samples_entries_and_sum_by_stream():
     for _ in range(2):
         sums.add(losses, batch.counts)
     for row, part in zip(sums.table, losses.detach().split(COUNTS), strict=True):
-        torch.testing.assert_close(row, 2 * torch.stack([part.sum(), part.square().sum(), torch.tensor(float(len(part)))]))
+        torch.testing.assert_close(
+            row, 2 * torch.stack([part.sum(), part.square().sum(), torch.tensor(float(len(part)))])
+        )
     zero = torch.zeros(2, dtype=torch.float64)
     objective = fused(denoiser, batch, zero)
     torch.testing.assert_close(sums.table[0, 0] / sums.table[0, 2], objective.detach(), rtol=1e-12, atol=0)
@@ -159,7 +171,9 @@ def test_image_shaped_samples_give_the_same_losses_as_flat_ones():
             return torch.zeros_like(x_t)
 
     batch = make_batch()
-    images = Batch(batch.x_0.view(-1, 3, 1, 1), batch.noise.view(-1, 3, 1, 1), batch.timestep, batch.counts, batch.global_counts)
+    images = Batch(
+        batch.x_0.view(-1, 3, 1, 1), batch.noise.view(-1, 3, 1, 1), batch.timestep, batch.counts, batch.global_counts
+    )
     flat = Fairness().primal_loss(Zero(), SCHEDULE, batch, MULTIPLIERS)
     shaped = Fairness().primal_loss(Zero(), SCHEDULE, images, MULTIPLIERS)
     assert torch.equal(flat[0], shaped[0]) and torch.equal(flat[1], shaped[1])

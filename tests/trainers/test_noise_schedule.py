@@ -49,7 +49,9 @@ def test_add_noise_mixes_each_sample_at_its_own_timestep(shape):
     for row, t in enumerate(timestep.tolist()):
         alpha_bar = schedule.alpha_bar[t]
         expected = math.sqrt(alpha_bar) * x_0[row].double() + math.sqrt(1 - alpha_bar) * noise[row].double()
-        torch.testing.assert_close(x_t[row].double(), expected, rtol=0, atol=1e-6)  # float32 round-off of numbers below 4
+        torch.testing.assert_close(
+            x_t[row].double(), expected, rtol=0, atol=1e-6
+        )  # float32 round-off of numbers below 4
     # 1 - alpha_bar in float32, as diffusers has it, is off by 6e-8 / 1e-4 at t = 0: its root by 3e-6.
     torch.testing.assert_close(x_t, schedule.scheduler.add_noise(x_0, noise, timestep), rtol=0, atol=1e-5)
 

@@ -1,6 +1,7 @@
 """The primal step: what it moves, in which order, and that nothing moves when a number is not finite."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -38,7 +39,16 @@ def make_batch(step: int, *, scale: float = 1.0) -> Batch:
 
 
 def take_step(train, accelerator, batch, *, method=None, grad_clip=1e9, sums=None) -> float:
-    return primal_step(train, method or Fairness(), SCHEDULE, batch, MULTIPLIERS, accelerator=accelerator, grad_clip=grad_clip, sums=sums)
+    return primal_step(
+        train,
+        method or Fairness(),
+        SCHEDULE,
+        batch,
+        MULTIPLIERS,
+        accelerator=accelerator,
+        grad_clip=grad_clip,
+        sums=sums,
+    )
 
 
 def everything(train: TrainState) -> tuple:
@@ -136,7 +146,10 @@ def test_the_ema_follows_diffusers_formula(accelerator):
         theirs.step(train.denoiser.parameters())
         # (1 + n) / (10 + n) up to ema_decay, after a first update that copies; n counts the updates before this one.
         decay = min((1 + step) / (10 + step), 0.3) if step else 0.0
-        by_hand = [decay * e + (1 - decay) * p.detach().double() for e, p in zip(by_hand, train.denoiser.parameters(), strict=True)]
+        by_hand = [
+            decay * e + (1 - decay) * p.detach().double()
+            for e, p in zip(by_hand, train.denoiser.parameters(), strict=True)
+        ]
     assert min((1 + 7) / (10 + 7), 0.3) == 0.3  # both branches of the formula were walked
     for mine, shadow, exact in zip(train.ema_denoiser.parameters(), theirs.shadow_params, by_hand, strict=True):
         torch.testing.assert_close(mine, shadow, rtol=1e-6, atol=1e-7)  # the fused form may round differently
@@ -155,7 +168,7 @@ def test_the_learning_rate_warms_up_linearly_and_falls_by_a_cosine(accelerator):
     assert rates[4] == pytest.approx(1e-2)
     assert rates[9] == pytest.approx(1e-2 * (0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2))
     assert rates[14] == pytest.approx(1e-2 * 0.55)  # half way down
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
     for _ in range(3):  # at and beyond the last step
         assert train.lr == pytest.approx(1e-3)
         train.advance()

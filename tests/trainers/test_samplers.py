@@ -13,7 +13,9 @@ MEAN, STD = 0.7, 0.4
 def affine_map(denoiser, schedule, num_sampling_steps):
     """(scale, offset) of DDIM, which is affine for a Gaussian: from standard normal starts, N(offset, scale^2) samples."""
     start = torch.tensor([[-1.0], [0.0], [1.0]])
-    low, middle, high = ddim_sample(denoiser, start, schedule, num_sampling_steps=num_sampling_steps).double().flatten().tolist()
+    low, middle, high = (
+        ddim_sample(denoiser, start, schedule, num_sampling_steps=num_sampling_steps).double().flatten().tolist()
+    )
     assert high - middle == pytest.approx(middle - low, abs=1e-5)  # float32 states
     return (high - low) / 2, middle
 
@@ -78,7 +80,9 @@ def test_image_samples_stay_in_the_images_range(exact_denoiser, gaussian):
 def test_one_two_and_four_workers_draw_the_same_starts_between_them(workers):
     counts = {0: 3, 1: 3, 2: 2, 3: 2}
     drawn = torch.cat([starting_noise(seed=5, counter=9, shards=s, counts=counts, shape=(1, 4, 4)) for s in workers])
-    expected = torch.cat([starting_noise(seed=5, counter=9, shards=[k], counts=counts, shape=(1, 4, 4)) for k in range(4)])
+    expected = torch.cat(
+        [starting_noise(seed=5, counter=9, shards=[k], counts=counts, shape=(1, 4, 4)) for k in range(4)]
+    )
     assert drawn.shape == (10, 1, 4, 4) and drawn.dtype == torch.float32
     assert torch.equal(drawn, expected)
 

@@ -1,0 +1,160 @@
+"""Held-out evaluation against mixtures whose divergence and denoising loss are known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from dualsweep.datasets.gaussians import GaussianMixture
+from dualsweep.trainers.evaluate import denoising_losses, evaluate, weighted_errors
+from dualsweep.trainers.labellers import Labeller
+from dualsweep.trainers.metrics import mean_and_stderr
+from dualsweep.trainers.noise_schedule import NoiseSchedule
+
+SCHEDULE = NoiseSchedule(clip_sample=False)
+DATA = GaussianMixture([[-1.0], [0.2], [1.2]], [0.2, 0.3, 0.25], [0.6, 0.3, 0.1])
+MODEL = DATA.with_weights([0.34, 0.33, 0.33])
+
+
+def divergence(p: GaussianMixture, q: GaussianMixture) -> float:
+    """KL(p||q) on the line; the trapezoid rule is exact to round-off for smooth decaying integrands."""
+    x = np.linspace(-5, 5, 20_001)[:, None]
+    log_p, log_q = p.log_density(x), q.log_density(x)
+    return float(np.sum(np.exp(log_p) * (log_p - log_q)) * (x[1, 0] - x[0, 0]))
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return DATA.sample(800, np.random.default_rng(0))[0].astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def errors(held_out, exact_denoiser):
+    """Weighted errors of data and model on held-out data, 64 levels."""
+    return [weighted_errors(exact_denoiser(m, SCHEDULE), held_out, SCHEDULE, levels=64, seed=1) for m in (DATA, MODEL)]
+
+
+def test_the_difference_of_weighted_errors_estimates_the_kl_divergence(errors):
+    gap = errors[1] - errors[0]
+    stderr = gap.std(ddof=1) / math.sqrt(len(gap))
+    exact = divergence(DATA, MODEL)
+    assert stderr < exact / 3  # the check below can tell the answer from zero
+    assert abs(gap.mean() - exact) < 3 * stderr  # false-alarm rate 0.3 % over seeds; this one is fixed
+
+
+def test_each_samples_difference_is_its_log_likelihood_ratio_up_to_the_noise(held_out, errors):
+    """Sharper than the mean over samples: what sampling the held-out set adds drops out of the comparison."""
+    ratio = DATA.log_density(held_out) - MODEL.log_density(held_out)
+    rest = errors[1] - errors[0] - ratio
+    assert abs(rest.mean()) < 4 * rest.std(ddof=1) / math.sqrt(len(rest))  # false-alarm rate 6e-5
+    assert np.corrcoef(errors[1] - errors[0], ratio)[0, 1] > 0.5
+
+
+def test_both_denoisers_see_the_same_noise(held_out, exact_denoiser):
+    """Common random numbers: what goes into a denoiser depends on the seed, not on the denoiser."""
+    seen = {}
+
+    class Recording(exact_denoiser):
+        def forward(self, x_t, timestep):
+            seen.setdefault(self.label, []).append((x_t.numpy().tobytes(), timestep.tolist()))
+            return super().forward(x_t, timestep)
+
+    for label, mixture, seed in (("data", DATA, 1), ("model", MODEL, 1), ("other seed", MODEL, 2)):
+        denoiser = Recording(mixture, SCHEDULE)
+        denoiser.label = label
+        weighted_errors(denoiser, held_out, SCHEDULE, levels=8, seed=seed)
+    assert seen["data"] == seen["model"] != seen["other seed"]
+    drawn = [x_t for x_t, _ in seen["data"]]
+    assert len(set(drawn)) == len(drawn)  # every level has noise of its own
+
+
+def test_noise_of_its_own_makes_the_difference_noisier(held_out, errors, exact_denoiser):
+    """Control: a model against itself under another seed spreads more than two models under one."""
+    other = weighted_errors(exact_denoiser(DATA, SCHEDULE), held_out, SCHEDULE, levels=64, seed=2)
+    assert (other - errors[0]).std() > 2 * (errors[1] - errors[0]).std()
+
+
+def test_weighted_errors_do_not_depend_on_the_batch_size(held_out, errors, exact_denoiser):
+    again = weighted_errors(exact_denoiser(DATA, SCHEDULE), held_out, SCHEDULE, levels=64, seed=1, batch_size=97)
+    np.testing.assert_allclose(again, errors[0], rtol=1e-12)
+
+
+def noise_loss(mean: float, std: float, x: np.ndarray | None = None) -> float | np.ndarray:
+    """Mean over timesteps of the exact denoiser's loss: over N(mean, std^2), or at given points."""
+    alpha_bar = SCHEDULE.alpha_bar
+    v = alpha_bar * std**2 + 1 - alpha_bar
+    if x is None:
+        return float(np.mean(alpha_bar * std**2 / v))
+    return np.mean((alpha_bar * std**2 / v) ** 2 + alpha_bar * (1 - alpha_bar) * ((x - mean) / v) ** 2, axis=-1)
+
+
+def test_plain_losses_of_the_exact_denoiser_are_the_closed_forms(exact_denoiser, gaussian):
+    denoiser = exact_denoiser(gaussian(0.5, 0.7), SCHEDULE)
+    samples = gaussian(0.5, 0.7).sample(20_000, np.random.default_rng(0))[0].astype(np.float32)
+    row = denoising_losses(denoiser, samples, SCHEDULE, draws=20_000, seed=0)
+    mean, stderr = mean_and_stderr(*row)
+    assert row[2] == 20_000
+    # Draws and the 20 000 points they come from: at most sqrt(2) standard errors; four of them fail once in 16 000 seeds.
+    assert mean == pytest.approx(noise_loss(0.5, 0.7), abs=4 * math.sqrt(2) * stderr)
+
+
+def test_the_standard_error_of_a_held_out_loss_counts_the_held_out_samples(exact_denoiser, gaussian):
+    """4096 draws from 25 images are not 4096 images: the interval has to cover the loss of the law behind the images."""
+    law = gaussian(0.0, 1.0)
+    denoiser = exact_denoiser(law, SCHEDULE)
+    rng = np.random.default_rng(0)
+    repeats, covered = 60, 0
+    for repeat in range(repeats):
+        samples = law.sample(25, rng)[0].astype(np.float32)
+        mean, stderr = mean_and_stderr(*denoising_losses(denoiser, samples, SCHEDULE, draws=4096, seed=repeat))
+        covered += abs(mean - noise_loss(0.0, 1.0)) <= 1.96 * stderr
+    # A true 95 %, or 90 % given 25 samples of a skewed loss, stays above 75 % of 60 in all but 1 of 2000 seeds.
+    assert covered / repeats > 0.75
+
+
+SETTINGS = {"noise_levels": 16, "batch_size": 128, "num_samples": 600, "num_sampling_steps": 20, "grid_samples": 5}
+
+
+def evaluated(exact_denoiser, held_out, *, unit):
+    labeller = Labeller(lambda x: DATA.posterior(x), "exact posterior", 1.0, 0)
+    base = weighted_errors(exact_denoiser(DATA, SCHEDULE), held_out, SCHEDULE, levels=16, seed=4)
+    held = [DATA.component(k).sample(400, np.random.default_rng(k))[0].astype(np.float32) for k in (1, 2)]
+    return evaluate(
+        exact_denoiser(MODEL, SCHEDULE),
+        unit=unit,
+        classes=[1, 2],
+        held_out_main=held_out,
+        held_out_constraints=held,
+        base_errors=base,
+        schedule=SCHEDULE,
+        labeller=labeller,
+        sample_shape=(1,),
+        config=SETTINGS,
+        seed=4,
+    )
+
+
+def test_an_evaluation_reports_the_divergence_above_the_pretrained_models_and_the_shares(exact_denoiser, held_out):
+    evaluation = evaluated(exact_denoiser, held_out, unit="share")
+    # 16 levels: the quadrature's own error is below the standard error; 4 of them, false-alarm rate 6e-5.
+    assert evaluation.objective == pytest.approx(divergence(DATA, MODEL), abs=4 * evaluation.objective_stderr)
+    assert 0 < evaluation.objective_stderr < evaluation.objective
+    for metric, stderr, share in zip(
+        evaluation.measurement.metrics, evaluation.measurement.stderrs, (0.33, 0.33), strict=True
+    ):
+        # 20 DDIM steps of an exact denoiser leave shares within a few per cent; 4 standard errors on top.
+        assert metric == pytest.approx(-math.log(share), abs=0.1 + 4 * stderr)
+    assert evaluation.measurement.counts == [600, 600]
+    assert sum(evaluation.class_counts) == 600 and min(evaluation.class_counts) > 120
+    assert evaluation.samples.shape == (5, 1)
+    assert evaluation.held_out_errors.shape == (800,)
+
+
+def test_a_loss_constraint_is_evaluated_on_its_own_held_out_samples(exact_denoiser, held_out):
+    evaluation = evaluated(exact_denoiser, held_out, unit="loss")
+    denoiser = exact_denoiser(MODEL, SCHEDULE)
+    for k, metric, stderr in zip((1, 2), evaluation.measurement.metrics, evaluation.measurement.stderrs, strict=True):
+        points = DATA.component(k).sample(20_000, np.random.default_rng(50 + k))[0].astype(np.float32)
+        expected, other = mean_and_stderr(*denoising_losses(denoiser, points, SCHEDULE, draws=20_000, seed=9))
+        # 4 standard errors of a set of 400, whose images count too: doubled, since `stderr` may be that of the draws.
+        assert metric == pytest.approx(expected, abs=4 * (2 * stderr + other))

@@ -1,0 +1,457 @@
+"""run_trial from assignment to result, in this process: every kind of run, interruption and resumption, damage."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from dualsweep.orchestration.config import SweepConfig
+from dualsweep.orchestration.dual_ledger import StaleAttemptError
+from dualsweep.orchestration.local_dual import LocalDual
+from dualsweep.trainers.loop import Assignment, run_trial
+from dualsweep.trainers.models import load_model
+from dualsweep.trainers.primal import NonFiniteError
+from dualsweep.trainers.state import CheckpointError
+from dualsweep.trainers.workspace import Workspace
+
+DUAL_STEPS = 6  # of every trial below: 12 primal steps, a dual step every second one
+SHARED = {
+    "schedule": {"num_train_timesteps": 50, "beta_end": 0.2},
+    "pretrain": {"steps": 8, "batch_size": 16, "warmup_steps": 1, "num_shards": 2},
+    "primal": {
+        "steps": 12,
+        "batch_size": 16,
+        "constraint_batch_size": 8,
+        "warmup_steps": 2,
+        "num_shards": 2,
+        "ema_decay": 0.5,
+    },
+    "dual": {"rule": "ascent", "step_size": 0.05, "primal_steps_per_dual_step": 2, "smoothing": 0.5},
+    "share": {"num_samples": 24, "num_sampling_steps": 4, "window": 2},
+    "evaluation": {"num_samples": 48, "num_sampling_steps": 4, "noise_levels": 6, "grid_samples": 9},
+    "checkpoint_every_dual_steps": 2,
+}
+MIXTURE = SHARED | {
+    "name": "mixture",
+    "data": {
+        "dataset": "gaussian_mixture",
+        "means": [[-1.0, 0.0], [1.0, 0.5], [0.0, -1.0]],
+        "stds": [0.3, 0.2, 0.2],
+        "weights": [0.8, 0.1, 0.1],
+        "count": 200,
+        "minority": {"classes": [1, 2]},
+    },
+    "model": {"kind": "mlp", "width": 16, "depth": 1},
+    "thresholds": {"unit": "share", "grid": {"minority": [0.25]}},
+}
+DIGITS = SHARED | {
+    "name": "digits",
+    "data": {"dataset": "digits", "minority": {"classes": [4, 7], "keep": 0.2}},
+    "model": {"kind": "unet", "channels": [8], "norm_groups": 8},
+    "thresholds": {"unit": "share", "grid": {"minority": [0.1]}},
+}
+LOSSES = MIXTURE | {"name": "losses", "thresholds": {"unit": "loss", "grid": {"minority": [{"factor": 0.9}]}}}
+CONFIGS = {"mixture": MIXTURE, "digits": DIGITS, "losses": LOSSES}
+
+
+def make_workspace(name: str) -> Workspace:
+    config = SweepConfig.from_dict(CONFIGS[name])
+    return Workspace(config.to_dict(), config.data)
+
+
+class Sweep:
+    """A folder with a pretrained model, and the assignments to run there."""
+
+    def __init__(self, name: str, folder) -> None:
+        self.name, self.folder, self.workspace = name, folder, make_workspace(name)
+        self.base_result = self.run(self.assignment("base"), LocalDual())
+
+    def assignment(self, kind: str, trial_id: str | None = None, **changes) -> Assignment:
+        names = self.workspace.constraint_names
+        grid = CONFIGS[self.name]["thresholds"]["grid"]["minority"][0]
+        trial_id = trial_id or kind
+        given = {
+            "trial_id": trial_id,
+            "label": kind,
+            "kind": kind,
+            "attempt": 1,
+            "thresholds": dict.fromkeys(names, grid) if kind == "constrained" else {},
+            "fixed_weight": 0.3 if kind == "fixed_weights" else None,
+            "trial_dir": str(self.folder / "trials" / trial_id),
+            "base_dir": str(self.folder / "base"),
+        }
+        return Assignment(**given | changes)
+
+    def run(self, assignment: Assignment, dual: LocalDual, workspace: Workspace | None = None):
+        return run_trial(workspace or self.workspace, assignment, dual)
+
+    def fresh(self, trial_id: str, kind: str = "constrained", **changes) -> Assignment:
+        """An assignment whose folder does not exist yet."""
+        assignment = self.assignment(kind, trial_id, **changes)
+        shutil.rmtree(assignment.trial_dir, ignore_errors=True)
+        return assignment
+
+
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory):
+    made = {}
+
+    def get(name: str) -> Sweep:
+        if name not in made:
+            made[name] = Sweep(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def calm(sweeps):
+    """(sweep, assignment, dual side, result) of an undisturbed constrained trial, each computed once."""
+    made = {}
+
+    def get(name: str):
+        if name not in made:
+            sweep, dual = sweeps(name), LocalDual()
+            assignment = sweep.fresh("calm")
+            made[name] = sweep, assignment, dual, sweep.run(assignment, dual)
+        return made[name]
+
+    return get
+
+
+class Directing(LocalDual):
+    """Answers the report of one dual step with a directive."""
+
+    def __init__(self, directive: str, at: int) -> None:
+        super().__init__()
+        self.directive, self.at = directive, at
+
+    def report(self, trial_id, attempt, dual_step, measurement):
+        reply = super().report(trial_id, attempt, dual_step, measurement)
+        return replace(reply, directive=self.directive) if dual_step == self.at else reply
+
+
+def model_folder(assignment: Assignment) -> Path:
+    return Path(assignment.trial_dir) / "model"
+
+
+def weights_of(assignment: Assignment) -> dict[str, bytes]:
+    (path,) = model_folder(assignment).rglob("*.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
+
+
+def comparable(rows: list[dict]) -> list[dict]:
+    """Rows without what a calm and a disturbed run may differ in."""
+    return [{k: v for k, v in row.items() if k not in ("attempt", "wall_time")} for row in rows]
+
+
+TIMING = ("wall_seconds", "startup_seconds", "trial_id", "label")
+
+
+def timeless(result: dict) -> dict:
+    return {k: v for k, v in result.items() if k not in TIMING}
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mixture", "digits", "losses"])
+def test_the_base_run_leaves_a_model_and_its_calibration(sweeps, name):
+    sweep = sweeps(name)
+    result = sweep.base_result
+    assert (result["kind"], result["status"], result["error"]) == ("base", "completed", None)
+    assert (result["primal_steps"], result["dual_steps"]) == (8, 4)
+    base = sweep.folder / "base"
+    stored = json.loads((base / "calibration.json").read_text(encoding="utf-8"))
+    assert stored == result["calibration"]
+    assert stored["data"] == sweep.workspace.data.fingerprint
+    assert set(stored["loss"]) == set(sweep.workspace.constraint_names)
+    assert all(0 < stored["loss_stderr"][n] < stored["loss"][n] for n in stored["loss"])
+    assert sorted(entry.name for entry in base.iterdir()) == ["calibration.json", "model"]
+    assert load_model(base / "model")
+
+
+@pytest.mark.parametrize("name", ["mixture", "digits", "losses"])
+@pytest.mark.parametrize("kind", ["unconstrained", "constrained", "fixed_weights"])
+def test_every_kind_of_trial_reports_a_whole_result(sweeps, calm, name, kind):
+    if kind == "constrained":
+        sweep, assignment, dual, result = calm(name)
+    else:
+        sweep, dual = sweeps(name), LocalDual()
+        assignment = sweep.fresh(kind, kind)
+        result = sweep.run(assignment, dual)
+    names = list(sweep.workspace.constraint_names)
+    mine = names if kind != "unconstrained" else []
+    unit = CONFIGS[name]["thresholds"]["unit"]
+    assert (result["trial_id"], result["label"], result["kind"]) == (assignment.trial_id, assignment.label, kind)
+    assert (result["status"], result["error"], result["method"], result["unit"]) == (
+        "completed",
+        None,
+        "fairness",
+        unit,
+    )
+    assert result["thresholds"] == assignment.thresholds
+    assert (result["primal_steps"], result["dual_steps"]) == (12, DUAL_STEPS)
+    for field in ("multipliers", "averaged_multipliers", "relaxations"):
+        assert list(result[field]) == mine
+    assert result["objective"]["unit"] == "nats" and result["objective"]["stderr"] > 0
+    # Constraint metrics come with every kind, so that baselines can be drawn beside the points.
+    assert [row["name"] for row in result["constraints"]] == names
+    for row in result["constraints"]:
+        assert row["unit"] == unit and math.isfinite(row["metric"]) and row["metric_stderr"] >= 0 and row["count"] > 0
+        assert (row["threshold"] is None) == (row["violation"] is None) == (kind != "constrained")
+        if kind == "constrained":
+            assert row["violation"] == row["metric"] - row["threshold"]
+        if unit == "share":
+            assert row["user_value"] == pytest.approx(math.exp(-row["metric"]))
+    assert (result["certificate"] is None) == (kind != "constrained")
+    histogram = result["histogram"]
+    assert histogram["total"] == sum(histogram["counts"]) == 48
+    assert len(histogram["counts"]) == len(histogram["classes"]) == len(histogram["prior"])
+    assert sum(histogram["prior"]) == pytest.approx(1)
+    exact = kind == "constrained" and unit == "share"
+    assert (result["exact_multipliers"] is not None) == (result["exact_objective"] is not None) == exact
+    if kind == "fixed_weights":
+        assert set(result["multipliers"].values()) == set(result["averaged_multipliers"].values()) == {0.3}
+
+    folder = sweep.folder / "trials" / assignment.trial_id
+    samples = np.load(folder / "samples.npy", allow_pickle=False)
+    assert samples.shape == (9, *sweep.workspace.data.sample_shape) and samples.dtype == np.float32
+    errors = np.load(folder / "held_out_errors.npy", allow_pickle=False)
+    assert errors.shape == (len(sweep.workspace.data.held_out_main),)
+    assert not list(folder.rglob("*.part*"))
+    model = load_model(folder / "model").state_dict()
+    ema = sweep.workspace.modules()[1].state_dict() if kind != "constrained" else None  # a later trial refilled it
+    if ema is not None:
+        assert all((model[key] == ema[key]).all() for key in ema)
+
+
+@pytest.mark.parametrize("name", ["mixture", "digits", "losses"])
+def test_the_trace_has_one_row_a_dual_step(calm, name):
+    sweep, assignment, dual, result = calm(name)
+    rows = dual.trace(assignment.trial_id)
+    assert [row["dual_step"] for row in rows] == list(range(1, DUAL_STEPS + 1))
+    assert [row["primal_step"] for row in rows] == list(range(2, 13, 2))
+    names = sweep.workspace.constraint_names
+    for row in rows:
+        for field in ("multipliers", "relaxations", "metrics", "metric_stderrs", "thresholds", "violations"):
+            assert len(row[field]) == len(names)
+        assert all(math.isfinite(v) for v in row["metrics"]) and row["grad_norm"] > 0 and row["objective_stderr"] > 0
+        assert row["violations"] == [m - t for m, t in zip(row["metrics"], row["thresholds"], strict=True)]
+    assert result["multipliers"] == dict(zip(names, rows[-1]["multipliers"], strict=True))
+    late = np.mean([row["multipliers"] for row in rows[-2:]], axis=0)  # the last third
+    assert list(result["averaged_multipliers"].values()) == pytest.approx(late.tolist())
+    assert any(any(row["multipliers"]) for row in rows)  # the multipliers did move
+
+
+def test_a_factor_is_of_the_pretrained_models_own_loss(calm):
+    sweep, assignment, dual, _ = calm("losses")
+    losses = sweep.base_result["calibration"]["loss"]
+    expected = [0.9 * losses[name] for name in sweep.workspace.constraint_names]
+    assert dual.trace(assignment.trial_id)[0]["thresholds"] == pytest.approx(expected)
+
+
+def test_multipliers_reach_the_model(sweeps):
+    """Fixed weights of 0 are the unconstrained run; a weight moves the model elsewhere, and it is the weight that does."""
+    sweep = sweeps("mixture")
+    found = {}
+    for trial_id, kind, weight in (
+        ("none", "unconstrained", None),
+        ("zero", "fixed_weights", 0.0),
+        ("three", "fixed_weights", 3.0),
+    ):
+        assignment = sweep.fresh(trial_id, kind, fixed_weight=weight)
+        found[trial_id] = sweep.run(assignment, LocalDual()), weights_of(assignment)
+    none, zero, three = (found[key][1] for key in ("none", "zero", "three"))
+    assert none.keys() == zero.keys()
+    worst = max(
+        float(np.abs(np.frombuffer(none[k], np.float32) - np.frombuffer(zero[k], np.float32)).max()) for k in none
+    )
+    moved = max(
+        float(np.abs(np.frombuffer(none[k], np.float32) - np.frombuffer(three[k], np.float32)).max()) for k in none
+    )
+    # Another batch shape rounds differently: 1e-7 a step, which AdamW may amplify where gradients are tiny.
+    assert worst < 1e-4 < 1e-3 < moved
+
+
+def test_a_trial_does_not_depend_on_what_its_worker_ran_before(calm):
+    sweep, _, dual, result = calm("mixture")
+    again, second = sweep.fresh("again"), LocalDual()
+    other = sweep.run(again, second, make_workspace("mixture"))
+    assert comparable(second.trace("again")) == comparable(dual.trace("calm"))
+    assert timeless(other) == timeless(result)
+
+
+# -- interruption, resumption, attempts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, at, remembers",
+    [
+        (name, at, True)
+        for name, at in (("mixture", 1), ("mixture", 3), ("mixture", DUAL_STEPS), ("digits", 3), ("losses", 3))
+    ]
+    + [("mixture", 3, False), ("losses", 2, False)],
+)
+def test_an_interrupted_trial_resumes_to_the_same_bits(calm, name, at, remembers):
+    """`remembers`: the dual side lived through it; else it lost everything, and the checkpoint brings its state along."""
+    sweep, calm_assignment, calm_dual, calm_result = calm(name)
+    assignment, dual = sweep.fresh(f"interrupted-{at}"), Directing("interrupt", at)
+    assert sweep.run(assignment, dual) is None
+    assert not model_folder(assignment).exists()
+    rows_before = dual.trace(assignment.trial_id)
+    assert len(rows_before) == at
+    second = dual if remembers else LocalDual()
+    dual.at = None
+    result = sweep.run(replace(assignment, attempt=2), second, make_workspace(name) if name == "mixture" else None)
+    rows = second.trace(assignment.trial_id)
+    if not remembers:
+        rows = rows_before + rows
+    assert [row["attempt"] for row in rows] == [1] * at + [2] * (DUAL_STEPS - at)
+    assert comparable(rows) == comparable(calm_dual.trace("calm"))
+    assert weights_of(assignment) == weights_of(calm_assignment)
+    assert {k: v for k, v in timeless(result).items() if k != "averaged_multipliers"} == {
+        k: v for k, v in timeless(calm_result).items() if k != "averaged_multipliers"
+    }
+    if remembers:
+        assert result["averaged_multipliers"] == calm_result["averaged_multipliers"]
+
+
+class Crashing(LocalDual):
+    """The process dies while it waits for the answer to a report that was already booked."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def report(self, trial_id, attempt, dual_step, measurement):
+        reply = super().report(trial_id, attempt, dual_step, measurement)
+        if dual_step == self.at:
+            self.at = None
+            raise ConnectionError("gone")
+        return reply
+
+
+def test_a_second_attempt_rewinds_to_the_last_checkpoint_and_repeats_the_same_rows(calm):
+    sweep, calm_assignment, calm_dual, _ = calm("mixture")
+    assignment, dual = sweep.fresh("crashed"), Crashing(5)
+    with pytest.raises(ConnectionError):
+        sweep.run(assignment, dual)
+    assert len(dual.trace("crashed")) == 5
+    # Checkpoints were taken at dual steps 2 and 4; the row of step 5 is superseded.
+    result = sweep.run(replace(assignment, attempt=2), dual, make_workspace("mixture"))
+    rows = dual.trace("crashed")
+    assert [row["attempt"] for row in rows] == [1, 1, 1, 1, 2, 2]
+    assert comparable(rows) == comparable(calm_dual.trace("calm"))
+    assert weights_of(assignment) == weights_of(calm_assignment)
+    assert result["status"] == "completed" and dual.ledger.book("crashed").superseded_rows == 1
+    with pytest.raises(StaleAttemptError):
+        sweep.run(assignment, dual)  # the first attempt's worker comes back to life
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_more(calm):
+    sweep, calm_assignment, calm_dual, _ = calm("mixture")
+    assignment, dual = sweep.fresh("damaged"), Crashing(5)
+    with pytest.raises(ConnectionError):
+        sweep.run(assignment, dual)
+    folder = model_folder(assignment).parent
+    assert sorted(entry.name for entry in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    (folder / "checkpoints" / "step-000004" / "tensors.safetensors").write_bytes(b"")
+    assert sweep.run(replace(assignment, attempt=2), dual)["status"] == "completed"
+    assert [row["attempt"] for row in dual.trace("damaged")] == [1, 1, 2, 2, 2, 2]
+    assert comparable(dual.trace("damaged")) == comparable(calm_dual.trace("calm"))
+    assert weights_of(assignment) == weights_of(calm_assignment)
+
+
+def test_a_trial_without_any_whole_checkpoint_left_is_refused_by_name(calm):
+    sweep, *_ = calm("mixture")
+    assignment, dual = sweep.fresh("hopeless"), Crashing(5)
+    with pytest.raises(ConnectionError):
+        sweep.run(assignment, dual)
+    for path in (model_folder(assignment).parent / "checkpoints").rglob("state.json"):
+        path.write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="step-000004"):
+        sweep.run(replace(assignment, attempt=2), dual)
+
+
+def test_a_checkpoint_of_other_thresholds_is_refused(calm):
+    sweep, *_ = calm("mixture")
+    assignment, dual = sweep.fresh("moved"), Directing("interrupt", 2)
+    sweep.run(assignment, dual)
+    other = replace(assignment, thresholds={name: 0.2 for name in assignment.thresholds}, attempt=2)
+    with pytest.raises(CheckpointError, match="another configuration"):
+        sweep.run(other, dual)
+
+
+def test_at_most_two_checkpoints_are_kept(calm):
+    _, assignment, dual, _ = calm("mixture")
+    folder = model_folder(assignment).parent / "checkpoints"
+    assert sorted(entry.name for entry in folder.iterdir()) == ["step-000004", "step-000006"]
+    assert dual.ledger.book("calm").checkpoint_step == 6
+
+
+def test_an_interrupted_base_run_resumes_to_the_same_bits(sweeps, tmp_path):
+    sweep = sweeps("mixture")
+    assignment = sweep.assignment("base", base_dir=str(tmp_path / "base"))
+    dual = Directing("interrupt", 2)
+    assert sweep.run(assignment, dual) is None
+    assert not (tmp_path / "base" / "calibration.json").exists()
+    result = sweep.run(replace(assignment, attempt=2), dual, make_workspace("mixture"))
+    assert result["calibration"] == sweep.base_result["calibration"]
+    assert not (tmp_path / "base" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("kind", ["constrained", "unconstrained"])
+def test_a_stopped_trial_ends_there_without_an_evaluation(sweeps, kind):
+    sweep, dual = sweeps("mixture"), Directing("stop", 3)
+    assignment = sweep.fresh(f"stopped-{kind}", kind)
+    result = sweep.run(assignment, dual)
+    assert (result["status"], result["dual_steps"], result["primal_steps"]) == ("stopped", 3, 6)
+    assert result["objective"] is None and result["certificate"] is None and result["histogram"] is None
+    assert result["constraints"] == []
+    assert len(dual.trace(assignment.trial_id)) == 3
+    assert not model_folder(assignment).exists()
+
+
+# -- what may go wrong -------------------------------------------------------------------------------------------------
+
+
+def test_a_diverging_trial_names_its_step_writes_nothing_and_spoils_no_later_one(calm):
+    sweep, _, calm_dual, calm_result = calm("mixture")
+    assignment, dual = sweep.fresh("diverging"), LocalDual()
+    clean = sweep.workspace.tensors["main"].clone()
+    try:
+        sweep.workspace.tensors["main"][:] = math.nan
+        with pytest.raises(NonFiniteError, match="at primal step 1 "):
+            sweep.run(assignment, dual)
+    finally:
+        sweep.workspace.tensors["main"][:] = clean
+    assert dual.trace("diverging") == []
+    assert not model_folder(assignment).parent.exists()
+    after, second = sweep.fresh("after"), LocalDual()
+    assert timeless(sweep.run(after, second)) == timeless(calm_result)
+    assert comparable(second.trace("after")) == comparable(calm_dual.trace("calm"))
+
+
+def test_fixed_weights_run_also_where_every_class_has_a_constraint(tmp_path):
+    """Then the shares of the data, which fixed weights are measured against, sum to one."""
+    values = MIXTURE | {"data": MIXTURE["data"] | {"minority": {"classes": [0, 1, 2]}}}
+    config = SweepConfig.from_dict(values)
+    workspace = Workspace(config.to_dict(), config.data)
+    common = {
+        "label": "",
+        "attempt": 1,
+        "thresholds": {},
+        "trial_dir": str(tmp_path / "trial"),
+        "base_dir": str(tmp_path / "base"),
+    }
+    run_trial(workspace, Assignment(trial_id="base", kind="base", fixed_weight=None, **common), LocalDual())
+    result = run_trial(
+        workspace, Assignment(trial_id="fixed", kind="fixed_weights", fixed_weight=0.3, **common), LocalDual()
+    )
+    assert result["status"] == "completed"

@@ -1,0 +1,158 @@
+"""Models on disk: the diffusers layout, and errors that name the folder or the field."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DDPMPipeline
+
+from dualsweep.trainers.models import (
+    Denoiser,
+    MLPDenoiser,
+    build_denoiser,
+    check_image_size,
+    load_model,
+    load_schedule,
+    save_model,
+)
+from dualsweep.trainers.noise_schedule import NoiseSchedule
+
+UNET = {
+    "kind": "unet",
+    "channels": [8, 16],
+    "layers_per_block": 1,
+    "attention": None,
+    "norm_groups": 8,
+    "width": 1,
+    "depth": 1,
+}
+MLP = {**UNET, "kind": "mlp", "width": 16, "depth": 2}
+SCHEDULE = NoiseSchedule(kind="scaled_linear", num_train_timesteps=70, beta_start=2e-4, beta_end=0.05, clip_sample=True)
+
+
+def make(model, shape) -> Denoiser:
+    torch.manual_seed(0)
+    return build_denoiser(model, shape, SCHEDULE)
+
+
+def answers(denoiser, shape) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    with torch.inference_mode():
+        return denoiser.eval()(torch.randn(3, *shape, generator=generator), torch.tensor([0, 30, 69]))
+
+
+@pytest.fixture(scope="module")
+def unet_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unet")
+    save_model(make(UNET, (1, 8, 8)), SCHEDULE, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "model, shape",
+    [(UNET, (1, 8, 8)), ({**UNET, "attention": [False, True]}, (3, 8, 4)), (MLP, (2,))],
+    ids=["unet", "unet with attention", "mlp"],
+)
+def test_a_saved_model_answers_the_same_after_loading(tmp_path, model, shape):
+    denoiser = make(model, shape)
+    save_model(denoiser, SCHEDULE, tmp_path / "model")
+    loaded = load_model(tmp_path / "model")
+    assert answers(denoiser, shape).shape == (3, *shape)
+    assert torch.equal(answers(loaded, shape), answers(denoiser, shape))
+    assert loaded.state_dict().keys() == denoiser.state_dict().keys()
+    stored = [path.name for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert any(name.endswith(".safetensors") for name in stored)
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in stored)  # nothing that unpickles
+
+
+def test_the_timestep_and_every_sample_matter_to_the_mlp():
+    denoiser = make(MLP, (2,))
+    x_t = torch.ones(2, 2)
+    first, second = denoiser(x_t, torch.tensor([0, 60]))
+    assert not torch.allclose(first, second)
+
+
+def test_diffusers_own_pipeline_loads_and_samples_the_folder(unet_folder):
+    pipeline = DDPMPipeline.from_pretrained(unet_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        batch_size=2, num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0)
+    ).images
+    assert images.shape == (2, 8, 8, 1)
+    assert pipeline.scheduler.config.num_train_timesteps == 70
+    loaded = load_model(unet_folder)
+    assert torch.equal(answers(Denoiser(pipeline.unet), (1, 8, 8)), answers(loaded, (1, 8, 8)))
+
+
+def test_a_bare_diffusers_unet_folder_loads_too(unet_folder):
+    assert torch.equal(
+        answers(load_model(unet_folder / "unet"), (1, 8, 8)), answers(load_model(unet_folder), (1, 8, 8))
+    )
+
+
+def test_the_stored_schedule_comes_back(unet_folder):
+    loaded = load_schedule(unet_folder)
+    assert loaded.alpha_bar.tolist() == SCHEDULE.alpha_bar.tolist()
+    stored, given = ({k: v for k, v in s.scheduler.config.items() if k[0] != "_"} for s in (loaded, SCHEDULE))
+    assert stored == given  # private entries say which version wrote them
+
+
+def narrower(folder):
+    path = folder / "unet" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"block_out_channels": [8, 8]}), encoding="utf-8")
+
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+BAD_FOLDERS = {
+    "no unet": lambda folder: shutil.rmtree(folder / "unet"),
+    "no weights": lambda folder: (folder / WEIGHTS).unlink(),
+    "weights cut short": lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000]),
+    "weights not safetensors": lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 4000),
+    "config not JSON": lambda folder: (folder / "unet" / "config.json").write_text("{", encoding="utf-8"),
+    "weights of another width": narrower,
+}
+
+
+@pytest.mark.parametrize("fault", BAD_FOLDERS)
+def test_a_bad_folder_is_a_value_error_that_names_it(unet_folder, tmp_path, fault):
+    folder = shutil.copytree(unet_folder, tmp_path / "bad")
+    BAD_FOLDERS[fault](folder)
+    with pytest.raises(ValueError) as caught:
+        load_model(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_an_mlp_folder_cut_short_is_a_value_error_that_names_it(tmp_path):
+    save_model(make(MLP, (2,)), SCHEDULE, tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"model '.*cannot be loaded") as caught:
+        load_model(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_an_empty_folder_is_a_value_error_that_names_it(tmp_path):
+    for load in (load_model, load_schedule):
+        with pytest.raises(ValueError) as caught:
+            load(tmp_path)
+        assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 8), (1, 8, 7), (3, 5, 5)])
+def test_an_image_size_that_does_not_halve_names_the_field_and_the_remedy(shape):
+    with pytest.raises(ValueError, match=r"model\.channels=\[8, 16\].*data\.size"):
+        build_denoiser(UNET, shape, SCHEDULE)
+
+
+def test_image_sizes_that_halve_pass():
+    check_image_size({"channels": [8, 16, 16]}, (1, 12, 4))
+    check_image_size({"channels": [8]}, (1, 7, 5))
+
+
+def test_an_mlp_stays_an_mlp(tmp_path):
+    save_model(make(MLP, (2,)), SCHEDULE, tmp_path)
+    network = load_model(tmp_path).network
+    assert isinstance(network, MLPDenoiser)
+    assert network.config["dim"] == 2 and network.config["num_train_timesteps"] == 70
