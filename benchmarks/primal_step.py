@@ -1,17 +1,22 @@
 """The fused primal step against the reference form (one forward and one loss a stream, methods.md 1b).
 
 Same model, same batches, same threads, same optimizer; only the Lagrangian is estimated differently. Ratios are taken pair
-by pair. `speedup_m3_8x8_t1` is three constraints at 8x8 on one thread with the main job's widths; `_w32_64` the larger ones.
+by pair. `speedup_m3_8x8_t1` is three constraints at 8x8 on one
+thread with widths (32, 64); `_w16_32` are the main job's widths.
 
-    python benchmarks/primal_step.py [--repeats 15] [--quick]
+    python benchmarks/primal_step.py [--repeats 15] [--quick] [--device cuda]
+
+On a CUDA device the sizes are larger, and bf16 with channels-last and torch.compile is measured against plain fp32 too.
 """
 
 import argparse
 import statistics
+from dataclasses import dataclass
 
 import torch
 from _harness import closing_line, paired_medians, spread
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from dualsweep.datasets import Streams
 from dualsweep.trainers.methods import Fairness
@@ -47,14 +52,46 @@ class ReferenceForm:
         return torch.dot(weights, means), torch.cat(losses)
 
 
-def measure(
-    size: int, widths: tuple[int, ...], constraints: int, threads: int, repeats: int
-) -> tuple[list[float], list[float], list[float]]:
-    torch.set_num_threads(threads)
+@dataclass(frozen=True)
+class Case:
+    """One comparison; `fast` is bf16, channels-last and torch.compile, for both forms."""
+
+    size: int
+    widths: tuple[int, ...]
+    constraints: int = 3
+    threads: int = 1
+    fast: bool = False
+
+    @property
+    def name(self) -> str:
+        widths = "" if self.widths == (32, 64) else "_w" + "_".join(map(str, self.widths))
+        return f"m{self.constraints}_{self.size}x{self.size}_t{self.threads}{widths}" + ("_fast" if self.fast else "")
+
+
+CPU_CASES = [Case(8, (32, 64)), Case(8, (16, 32))]
+MORE_CPU_CASES = [
+    Case(8, (32, 64), constraints=1),
+    Case(8, (32, 64), constraints=8),
+    Case(8, (32, 64), threads=2),
+    Case(8, (16, 32), threads=2),
+    Case(16, (32, 64)),
+    Case(16, (16, 32)),
+    Case(32, (16, 32)),
+]
+CUDA_CASES = [
+    Case(size, widths, fast=fast)
+    for size, widths in [(8, (32, 64)), (32, (64, 128)), (32, (128, 256))]
+    for fast in (False, True)
+]
+
+
+def measure(case: Case, device: torch.device, repeats: int) -> tuple[list[float], list[float], list[float]]:
+    """Seconds of the reference step, of the fused step, and their ratio pair by pair."""
+    torch.set_num_threads(case.threads)
     schedule = NoiseSchedule()
-    shape = (1, size, size)
-    model = {"kind": "unet", "channels": widths, "layers_per_block": 1, "attention": None, "norm_groups": 8}
-    names = [f"c{i}" for i in range(constraints)]
+    shape = (1, case.size, case.size)
+    model = {"kind": "unet", "channels": case.widths, "layers_per_block": 1, "attention": None, "norm_groups": 8}
+    names = [f"c{i}" for i in range(case.constraints)]
     streams = Streams(
         sizes={"main": 1000} | dict.fromkeys(names, 50),
         batch_sizes={"main": 64} | dict.fromkeys(names, 16),
@@ -63,17 +100,24 @@ def measure(
         num_train_timesteps=1000,
         sample_shape=shape,
     )
-    data = {name: torch.rand(count, *shape) * 2 - 1 for name, count in streams.sizes.items()}
-    multipliers = torch.full((constraints,), 0.12)
-    accelerator = Accelerator(cpu=True)
+    data = {name: (torch.rand(count, *shape) * 2 - 1).to(device) for name, count in streams.sizes.items()}
+    multipliers = torch.full((case.constraints,), 0.12, device=device)
+    AcceleratorState._reset_state()  # one process measures several precisions
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if case.fast else "no")
+
+    def network():
+        torch.manual_seed(0)
+        memory_format = torch.channels_last if case.fast else torch.preserve_format
+        denoiser = build_denoiser(model, shape, schedule).to(device, memory_format=memory_format)
+        if case.fast:
+            denoiser.compile()
+        return denoiser
 
     def stepper(method):
-        torch.manual_seed(0)
-        train = TrainState(build_denoiser(model, shape, schedule), build_denoiser(model, shape, schedule), OPTIMIZER)
+        train = TrainState(network(), network(), OPTIMIZER)
 
         def step():
-            draws = streams.draw(train.primal_step, range(4))
-            batch = make_batch(data, draws, streams.batch_sizes, torch.device("cpu"))
+            batch = make_batch(data, streams.draw(train.primal_step, range(4)), streams.batch_sizes, device)
             primal_step(train, method, schedule, batch, multipliers, accelerator=accelerator, grad_clip=1.0)
 
         return step
@@ -88,27 +132,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="only the main job's size")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
-    cases = [(8, (16, 32), 3, 1), (8, (32, 64), 3, 1)]
-    if not options.quick:
-        cases += [
-            (8, (16, 32), 1, 1),
-            (8, (16, 32), 8, 1),
-            (8, (16, 32), 3, 2),
-            (8, (32, 64), 3, 2),
-            (16, (16, 32), 3, 1),
-            (16, (32, 64), 3, 1),
-            (32, (16, 32), 3, 1),
-        ]
+    cases = CUDA_CASES if options.device == "cuda" else CPU_CASES if options.quick else CPU_CASES + MORE_CPU_CASES
     figures = {}
-    for size, widths, constraints, threads in cases:
-        reference, fused, ratios = measure(size, widths, constraints, threads, options.repeats)
-        name = f"m{constraints}_{size}x{size}_t{threads}" + (
-            "" if widths == (16, 32) else "_w" + "_".join(map(str, widths))
-        )
-        figures[f"speedup_{name}"] = statistics.median(ratios)
+    for case in cases:
+        reference, fused, ratios = measure(case, torch.device(options.device), options.repeats)
+        figures[f"speedup_{case.name}"] = statistics.median(ratios)
         print(
-            f"{name:24} reference {spread(reference)}   fused {spread(fused)}   reference/fused {spread(ratios, 'x', 3)}",
+            f"{case.name:28} reference {spread(reference)}   fused {spread(fused)}   ratio {spread(ratios, 'x', 3)}",
             flush=True,
         )
     closing_line("primal_step", figures)

@@ -55,7 +55,8 @@ def denoising_losses(
 ) -> np.ndarray:
     """Table row (sum, sum of squares, count) of `draws` plain noise-prediction losses on samples of a set, uniform timesteps."""
     generator = np.random.Generator(np.random.Philox(key=[seed, 0x10555]))
-    index = generator.integers(len(samples), size=draws)
+    images = generator.permutation(len(samples))[:draws]
+    index = np.repeat(images, max(1, draws // len(images)))
     device = next(denoiser.parameters()).device
     losses = []
     for part in np.array_split(index, max(1, draws // 256)):
@@ -71,7 +72,7 @@ def denoising_losses(
             .cpu()
             .numpy()
         )
-    values = np.concatenate(losses)
+    values = np.concatenate(losses).reshape(len(images), -1).mean(1)
     return np.array([values.sum(), np.square(values).sum(), float(len(values))])
 
 

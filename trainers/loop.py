@@ -31,7 +31,7 @@ from dualsweep.trainers.state import CheckpointError, TrainState, read_checkpoin
 from dualsweep.trainers.workspace import Workspace, read_json
 
 KEPT_CHECKPOINTS = 2
-TRAINING_SECTIONS = ("method", "seed", "data", "model", "schedule", "pretrain", "primal", "dual", "share", "thresholds")
+TRAINING_SECTIONS = ("method", "seed", "data", "model", "schedule", "pretrain", "primal", "dual", "share")
 CALIBRATION_DRAWS = 8192
 
 
@@ -54,7 +54,13 @@ class Assignment:
 
     def fingerprint(self, config: dict[str, Any]) -> str:
         """What a checkpoint must agree with to be resumed from: the point and every setting the training depends on."""
-        parts = [{key: config[key] for key in TRAINING_SECTIONS}, self.trial_id, self.kind, self.thresholds, self.fixed_weight]
+        parts = [
+            {key: config[key] for key in TRAINING_SECTIONS},
+            self.trial_id,
+            self.kind,
+            self.thresholds,
+            self.fixed_weight,
+        ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -90,6 +96,7 @@ class _Trial:
         base = None if self.is_base else workspace.load_base(Path(self.assignment.base_dir) / "model")
         calibration = None if self.is_base else read_json(Path(self.assignment.base_dir) / "calibration.json")
         workspace.fill(base)
+        workspace.reset_scaler()
         trained, ema = workspace.modules()
         train = TrainState(trained, ema, self.optimizer, workspace.accelerator.scaler)
         problem = self._problem(calibration)
@@ -153,8 +160,11 @@ class _Trial:
                     self.assignment.thresholds[name], self.unit, pretrained=calibration["loss"][name]
                 )
             else:
+                # A hair below the prior: if every class is constrained the priors sum to 1, which a problem refuses.
                 threshold = (
-                    data.prior[data.constraint_classes[name]] if self.unit == "share" else calibration["loss"][name]
+                    (1 - 1e-9) * data.prior[data.constraint_classes[name]]
+                    if self.unit == "share"
+                    else calibration["loss"][name]
                 )
             constraints.append(Constraint(name=name, unit=self.unit, threshold=threshold, metric=self.unit))
         return Problem(

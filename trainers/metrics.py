@@ -44,7 +44,8 @@ def share_measurement(table: np.ndarray) -> Measurement:
     for total, squares, count in table:
         share = (total + 0.5) / (count + 1.0)
         _, spread = mean_and_stderr(total, squares, count)
-        spread = max(spread, math.sqrt(share * (1 - share) / (count + 1.0)) if total == 0 else 0.0)
+        none = 0.5 / (count + 1.0)  # no share is known better than one of which nothing was seen
+        spread = max(spread, math.sqrt(none * (1 - none) / (count + 1.0)))
         metrics.append(-math.log(share))
         stderrs.append(spread / share)
         counts.append(int(count))

@@ -39,15 +39,18 @@ def primal_step(
         loss, losses = method.primal_loss(train.denoiser, schedule, batch, multipliers)
     # Gradients are averaged over ranks, while the parts of the Lagrangian add up: scale by the number of ranks.
     accelerator.backward(loss * accelerator.num_processes)
+    if accelerator.scaler is not None:
+        accelerator.scaler.unscale_(train.optimizer)
     grad_norm = float(accelerator.clip_grad_norm_(train.denoiser.parameters(), grad_clip))
-    if not math.isfinite(grad_norm):
-        scaler = accelerator.scaler
-        if scaler is None or not bool(torch.isfinite(loss)):
-            train.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(
-                f"non-finite {'loss' if not bool(torch.isfinite(loss)) else 'gradient'} at primal step {train.primal_step + 1} "
-                f"(loss {float(loss):g}, gradient norm {grad_norm:g}); the optimizer did not move"
-            )
+    value = float(loss.detach())
+    if not math.isfinite(value) or (not math.isfinite(grad_norm) and accelerator.scaler is None):
+        train.optimizer.zero_grad(set_to_none=True)
+        if accelerator.scaler is not None:
+            accelerator.scaler.update()
+        raise NonFiniteError(
+            f"non-finite {'gradient' if math.isfinite(value) else 'loss'} at primal step {train.primal_step + 1} "
+            f"(loss {value:g}, gradient norm {grad_norm:g}); the optimizer did not move"
+        )
     if accelerator.scaler is not None:
         accelerator.scaler.step(train.optimizer)  # skips the update itself when fp16 gradients overflowed
         accelerator.scaler.update()

@@ -45,9 +45,15 @@ def ddim_sample(
     done = []
     for x_t in start.split(batch_size):
         x_t = x_t.to(device)
-        for timestep in scheduler.timesteps:
-            prediction = denoiser(x_t, timestep.to(device).expand(len(x_t)))
-            x_t = scheduler.step(prediction.float(), timestep, x_t).prev_sample
+        # Not scheduler.step: diffusers steps to t - T // n, which is the next timestep only where n divides T.
+        for timestep, following in zip(scheduler.timesteps, [*scheduler.timesteps[1:].tolist(), None], strict=True):
+            prediction = denoiser(x_t, timestep.to(device).expand(len(x_t))).float()
+            now = float(schedule.alpha_bar[int(timestep)])
+            after = 1.0 if following is None else float(schedule.alpha_bar[following])
+            x_0 = (x_t - (1 - now) ** 0.5 * prediction) / now**0.5
+            if scheduler.config.clip_sample:
+                x_0 = x_0.clamp(-1, 1)
+            x_t = after**0.5 * x_0 + (1 - after) ** 0.5 * prediction
         done.append(x_t.cpu())
     denoiser.train(was_training)
     return torch.cat(done) if done else start

@@ -100,6 +100,7 @@ class TrainState:
             "extra": self.extra,
             "sha256": _file_digest(part / "tensors.safetensors"),
         }
+        meta["digest"] = _meta_digest(meta)
         (part / "state.json").write_text(json.dumps(meta), encoding="utf-8")
         for name in ("tensors.safetensors", "state.json"):
             with open(part / name, "rb") as written:
@@ -156,6 +157,8 @@ def read_checkpoint_meta(folder: Path, *, fingerprint: str | None = None) -> dic
         raise CheckpointError(f"checkpoint {folder}: not readable ({error}); {remedy}") from error
     if not isinstance(meta, dict) or meta.get("version") != CHECKPOINT_VERSION:
         raise CheckpointError(f"checkpoint {folder}: written by another version; {remedy}")
+    if meta.get("digest") != _meta_digest(meta):
+        raise CheckpointError(f"checkpoint {folder / 'state.json'}: corrupted; {remedy}")
     if digest != meta.get("sha256"):
         raise CheckpointError(
             f"checkpoint {folder / 'tensors.safetensors'}: corrupted (its checksum does not match state.json); {remedy}"
@@ -167,6 +170,11 @@ def read_checkpoint_meta(folder: Path, *, fingerprint: str | None = None) -> dic
     except SafetensorError as error:
         raise CheckpointError(f"checkpoint {folder / 'tensors.safetensors'}: {error}; {remedy}") from error
     return meta
+
+
+def _meta_digest(meta: dict[str, Any]) -> str:
+    rest = {key: value for key, value in meta.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _file_digest(path: Path) -> str:

@@ -38,6 +38,7 @@ class Workspace:
         self.tensors |= {name: torch.from_numpy(x).to(self.device) for name, x in self.data.constraints.items()}
         self._modules: tuple[nn.Module, Denoiser] | None = None
         self._base: Denoiser | None = None
+        self._first_scale: dict[str, Any] | None = None
         self._base_errors: dict[int, np.ndarray] = {}
         self._training_labeller: Labeller | None = None
         self._evaluation_labeller: Labeller | None = None
@@ -110,6 +111,13 @@ class Workspace:
         weights = (source or self._fresh()).state_dict()
         self.accelerator.unwrap_model(trained).load_state_dict(weights)
         ema.load_state_dict(weights)
+
+    def reset_scaler(self) -> None:
+        """The fp16 loss scale of a fresh trial does not depend on the trials before it."""
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            self._first_scale = self._first_scale or scaler.state_dict()
+            scaler.load_state_dict(self._first_scale)
 
     def streams(self, optimizer: dict[str, Any], names: tuple[str, ...], seed: int) -> Streams:
         """Main stream plus one a constraint; batch sizes from the optimizer section."""

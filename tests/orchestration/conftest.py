@@ -49,13 +49,29 @@ def write_config(tmp_path):
     return write
 
 
-def dualsweep(*args: str, cwd: Path, wait: bool = True, **environment: str):
-    """The installed command line in a process of its own, in a folder of its own."""
-    command = [sys.executable, "-m", "dualsweep", *args]
-    env = {**os.environ, **environment}
-    env.pop("RAY_ADDRESS", None) if "RAY_ADDRESS" not in environment else None
-    process = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if not wait:
-        return process
-    output, _ = process.communicate(timeout=400)
-    return process.returncode, output
+@pytest.fixture(scope="session")
+def tiny_values():
+    """The tiny sweep as plain values, to copy."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def command():
+    """`run(*args, cwd=...)` is the command line in a process of its own: (exit code, output), or the process with wait=False."""
+
+    def run(*args: str, cwd: Path, wait: bool = True):
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dualsweep", *args],
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if not wait:
+            return process
+        output, _ = process.communicate(timeout=400)
+        return process.returncode, output
+
+    return run

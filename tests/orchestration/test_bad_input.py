@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
+from diffusers import UNet2DModel
 from PIL import Image
 from rich.console import Console
 
@@ -84,7 +85,9 @@ class Desk:
 
     def everything(self) -> dict[str, bytes | None]:
         """Every file and folder with its content."""
-        return {str(p.relative_to(self.root)): p.read_bytes() if p.is_file() else None for p in sorted(self.root.rglob("*"))}
+        return {
+            str(p.relative_to(self.root)): p.read_bytes() if p.is_file() else None for p in sorted(self.root.rglob("*"))
+        }
 
     def finished_config(self, name: str = "done") -> SweepConfig:
         """A sweep folder as an interrupted run leaves it: resolved config, points, journal of one begun trial."""
@@ -92,10 +95,24 @@ class Desk:
         folder = self.storage / name
         folder.mkdir(parents=True)
         (folder / "sweep.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
-        points = [{"trial_id": "share-1", "label": "minority >= 0.1", "kind": "constrained", "thresholds": {"digit_4": 0.1, "digit_5": 0.1}, "fixed_weight": None}]
+        points = [
+            {
+                "trial_id": "share-1",
+                "label": "minority >= 0.1",
+                "kind": "constrained",
+                "thresholds": {"digit_4": 0.1, "digit_5": 0.1},
+                "fixed_weight": None,
+            }
+        ]
         (folder / "points.json").write_text(json.dumps(points), encoding="utf-8")
         journal = Journal(folder / "journal.jsonl")
-        journal.append([{"kind": "reopen", "trial": "share-1"}, {"kind": "directive", "trial": "share-1", "directive": "stop"}, {"kind": "reopen", "trial": "share-1"}])
+        journal.append(
+            [
+                {"kind": "reopen", "trial": "share-1"},
+                {"kind": "directive", "trial": "share-1", "directive": "stop"},
+                {"kind": "reopen", "trial": "share-1"},
+            ]
+        )
         journal.close()
         return config
 
@@ -139,7 +156,9 @@ def pictures(count: int, size: int = 8) -> list[bytes]:
     return encoded
 
 
-def write_parquet(path: Path, *, images: str = "image", labels: str = "label", first: bytes | None = None, size: int = 8) -> str:
+def write_parquet(
+    path: Path, *, images: str = "image", labels: str = "label", first: bytes | None = None, size: int = 8
+) -> str:
     """40 images of two classes in the Hugging Face layout; `first` stands in for the first image's bytes."""
     encoded = pictures(40, size)
     encoded[0] = first if first is not None else encoded[0]
@@ -157,7 +176,10 @@ def parquet_sweep(desk: Desk, path: str, **more) -> dict:
 VALUES = {
     "unknown key at the top": ({"sed": 3}, ["sed: unknown key", "did you mean 'seed'?"]),
     "unknown key in a section": ({"primal.stesp": 3}, ["primal.stesp: unknown key", "did you mean 'steps'?"]),
-    "unknown key two levels down": ({"data.minority.kep": 0.1}, ["data.minority.kep: unknown key", "did you mean 'keep'?"]),
+    "unknown key two levels down": (
+        {"data.minority.kep": 0.1},
+        ["data.minority.kep: unknown key", "did you mean 'keep'?"],
+    ),
     "unknown key like no other": ({"compute.zzzzzz": 1}, ["compute.zzzzzz: unknown key", "known here:", "workers"]),
     "unknown key of the data": ({"data.datset": "digits"}, ["data.datset: unknown key", "did you mean 'dataset'?"]),
     "word for a number": ({"primal.steps": "many"}, ["primal.steps", "'many'", "integer"]),
@@ -165,7 +187,10 @@ VALUES = {
     "number for the minority's list": ({"data.minority.classes": 4}, ["data.minority.classes", "4", "tuple"]),
     "number for the name": ({"name": 7}, ["name", "7", "string"]),
     "no thresholds section": ({"thresholds": None}, ["thresholds", "None", "dictionary"]),
-    "negative dual step size": ({"dual": {"rule": "ascent", "step_size": -0.1}}, ["dual.step_size", "-0.1", "greater than 0"]),
+    "negative dual step size": (
+        {"dual": {"rule": "ascent", "step_size": -0.1}},
+        ["dual.step_size", "-0.1", "greater than 0"],
+    ),
     "zero dual step size": ({"dual": {"rule": "ascent", "step_size": 0}}, ["dual.step_size", "0", "greater than 0"]),
     "NaN dual step size": ({"dual": {"rule": "ascent", "step_size": NAN}}, ["dual.step_size", "nan"]),
     "infinite dual step size": ({"dual": {"rule": "ascent", "step_size": INF}}, ["dual.step_size", "inf", "finite"]),
@@ -174,33 +199,99 @@ VALUES = {
     "infinite weight decay": ({"primal.weight_decay": INF}, ["primal.weight_decay", "inf", "finite"]),
     "infinite tolerance": ({"evaluation.tolerance": INF}, ["evaluation.tolerance", "inf", "finite"]),
     "infinite starting multiplier": ({"dual.step_size": 0.1, "dual.start": INF}, ["dual.start", "inf", "finite"]),
-    "negative starting multiplier": ({"dual.step_size": 0.1, "dual.start": -1.0}, ["dual.start", "-1.0", "greater than or equal to 0"]),
-    "share above 1": ({"thresholds.grid.minority": [0.1, 1.4]}, ["thresholds.grid.minority[1]=1.4", "a share must be in (0, 1)"]),
-    "share of 0": ({"thresholds.grid.minority": [0.0]}, ["thresholds.grid.minority[0]=0.0", "a share must be in (0, 1)"]),
-    "shares that sum to 1": ({"thresholds.grid.minority": [0.5]}, ["thresholds.grid", "'digit_4': 0.5", "sum to 1", "lower them"]),
-    "loss below 0": ({"thresholds": {"unit": "loss", "grid": {"minority": [-0.1]}}}, ["thresholds.grid.minority[0]=-0.1", "a loss must be > 0"]),
-    "loss of 0": ({"thresholds": {"unit": "loss", "grid": {"minority": [0.0]}}}, ["thresholds.grid", "0.0", "a loss must be > 0"]),
-    "factor of a share": ({"thresholds.grid.minority": {"factor": [0.5]}}, ["thresholds.grid.minority", "0.5", "give a number"]),
+    "negative starting multiplier": (
+        {"dual.step_size": 0.1, "dual.start": -1.0},
+        ["dual.start", "-1.0", "greater than or equal to 0"],
+    ),
+    "share above 1": (
+        {"thresholds.grid.minority": [0.1, 1.4]},
+        ["thresholds.grid.minority[1]=1.4", "a share must be in (0, 1)"],
+    ),
+    "share of 0": (
+        {"thresholds.grid.minority": [0.0]},
+        ["thresholds.grid.minority[0]=0.0", "a share must be in (0, 1)"],
+    ),
+    "shares that sum to 1": (
+        {"thresholds.grid.minority": [0.5]},
+        ["thresholds.grid", "'digit_4': 0.5", "sum to 1", "lower them"],
+    ),
+    "loss below 0": (
+        {"thresholds": {"unit": "loss", "grid": {"minority": [-0.1]}}},
+        ["thresholds.grid.minority[0]=-0.1", "a loss must be > 0"],
+    ),
+    "loss of 0": (
+        {"thresholds": {"unit": "loss", "grid": {"minority": [0.0]}}},
+        ["thresholds.grid", "0.0", "a loss must be > 0"],
+    ),
+    "factor of a share": (
+        {"thresholds.grid.minority": {"factor": [0.5]}},
+        ["thresholds.grid.minority", "0.5", "give a number"],
+    ),
     "empty grid axis": ({"thresholds.grid.minority": []}, ["thresholds.grid.minority=[]", "at least one value"]),
     "empty list of points": ({"thresholds": {"list": []}}, ["thresholds.list=[]", "at least one"]),
-    "two forms at once": ({"thresholds.list": [{"minority": 0.1}]}, ["thresholds", "exactly one of grid, list, random, search", "'grid', 'list'"]),
+    "two forms at once": (
+        {"thresholds.list": [{"minority": 0.1}]},
+        ["thresholds", "exactly one of grid, list, random, search", "'grid', 'list'"],
+    ),
     "no form": ({"thresholds": {"unit": "share"}}, ["thresholds", "exactly one of grid, list, random, search", "none"]),
-    "unknown axis": ({"thresholds.grid": {"majority": [0.1]}}, ["thresholds.grid.majority", "unknown axis", "minority"]),
-    "a class without a threshold": ({"thresholds.grid": {"digit_4": [0.1]}}, ["thresholds.grid", "digit_5", "add an axis"]),
-    "the same point twice": ({"thresholds.grid.minority": [0.1, 0.1]}, ["thresholds.grid", "minority >= 0.1", "give each point once"]),
-    "the same fixed weight twice": ({"baselines.fixed_weights": [0.3, 0.3]}, ["baselines.fixed_weights", "0.3", "once"]),
-    "negative fixed weight": ({"baselines.fixed_weights": [-0.3]}, ["baselines.fixed_weights", "-0.3", "greater than or equal to 0"]),
-    "linspace without a count": ({"thresholds.grid.minority": {"linspace": [0.1, 0.2]}}, ["thresholds.grid.minority.linspace=[0.1, 0.2]", "give [lo, hi, number of values]"]),
-    "linspace of another name": ({"thresholds.grid.minority": {"lin": [0.1, 0.2, 3]}}, ["thresholds.grid.minority=", "{linspace: [lo, hi, n]}"]),
-    "logspace that falls": ({"thresholds.grid.minority": {"logspace": [0.2, 0.1, 3]}}, ["thresholds.grid.minority.logspace=[0.2, 0.1]", "lo must be below hi"]),
-    "random points without a range": ({"thresholds": {"random": {"points": 3, "axes": {"minority": [0.1]}}}}, ["thresholds.random.axes.minority=[0.1]", "{uniform: [lo, hi]}"]),
-    "unknown key of a search": ({"thresholds": {"search": {"axis": 1, "axes": {}}}}, ["thresholds.search.axis", "unknown key", "axes"]),
-    "search for no points": ({"thresholds": {"search": {"points": 0, "axes": {"minority": {"uniform": [0.1, 0.2]}}}}}, ["thresholds.search.points=0", "at least 1"]),
-    "search with a negative seed": ({"thresholds": {"search": {"seed": -1, "axes": {"minority": {"uniform": [0.1, 0.2]}}}}}, ["thresholds.search.seed=-1", "at least 0"]),
+    "unknown axis": (
+        {"thresholds.grid": {"majority": [0.1]}},
+        ["thresholds.grid.majority", "unknown axis", "minority"],
+    ),
+    "a class without a threshold": (
+        {"thresholds.grid": {"digit_4": [0.1]}},
+        ["thresholds.grid", "digit_5", "add an axis"],
+    ),
+    "the same point twice": (
+        {"thresholds.grid.minority": [0.1, 0.1]},
+        ["thresholds.grid", "minority >= 0.1", "give each point once"],
+    ),
+    "the same fixed weight twice": (
+        {"baselines.fixed_weights": [0.3, 0.3]},
+        ["baselines.fixed_weights", "0.3", "once"],
+    ),
+    "negative fixed weight": (
+        {"baselines.fixed_weights": [-0.3]},
+        ["baselines.fixed_weights", "-0.3", "greater than or equal to 0"],
+    ),
+    "linspace without a count": (
+        {"thresholds.grid.minority": {"linspace": [0.1, 0.2]}},
+        ["thresholds.grid.minority.linspace=[0.1, 0.2]", "give [lo, hi, number of values]"],
+    ),
+    "linspace of another name": (
+        {"thresholds.grid.minority": {"lin": [0.1, 0.2, 3]}},
+        ["thresholds.grid.minority=", "{linspace: [lo, hi, n]}"],
+    ),
+    "logspace that falls": (
+        {"thresholds.grid.minority": {"logspace": [0.2, 0.1, 3]}},
+        ["thresholds.grid.minority.logspace=[0.2, 0.1]", "lo must be below hi"],
+    ),
+    "random points without a range": (
+        {"thresholds": {"random": {"points": 3, "axes": {"minority": [0.1]}}}},
+        ["thresholds.random.axes.minority=[0.1]", "{uniform: [lo, hi]}"],
+    ),
+    "unknown key of a search": (
+        {"thresholds": {"search": {"axis": 1, "axes": {}}}},
+        ["thresholds.search.axis", "unknown key", "axes"],
+    ),
+    "search for no points": (
+        {"thresholds": {"search": {"points": 0, "axes": {"minority": {"uniform": [0.1, 0.2]}}}}},
+        ["thresholds.search.points=0", "at least 1"],
+    ),
+    "search with a negative seed": (
+        {"thresholds": {"search": {"seed": -1, "axes": {"minority": {"uniform": [0.1, 0.2]}}}}},
+        ["thresholds.search.seed=-1", "at least 0"],
+    ),
     "unknown unit": ({"thresholds.unit": "percent"}, ["thresholds.unit", "'percent'", "'share' or 'loss'"]),
     "unknown rule": ({"dual": {"rule": "adam"}}, ["dual.rule", "'adam'", "'ascent'"]),
-    "resilient without its cost": ({"dual": {"rule": "resilient", "step_size": 0.1}}, ["dual", "'resilient'", "relaxation_cost", "add"]),
-    "cost for a rule that takes none": ({"dual": {"rule": "ascent", "step_size": 0.1, "relaxation_cost": 1.0}}, ["dual", "relaxation_cost", "'ascent'", "the known ones"]),
+    "resilient without its cost": (
+        {"dual": {"rule": "resilient", "step_size": 0.1}},
+        ["dual", "'resilient'", "relaxation_cost", "add"],
+    ),
+    "cost for a rule that takes none": (
+        {"dual": {"rule": "ascent", "step_size": 0.1, "relaxation_cost": 1.0}},
+        ["dual", "relaxation_cost", "'ascent'", "the known ones"],
+    ),
     "unknown method": ({"method": "unlearning"}, ["method", "'unlearning'", "'fairness'"]),
     "no minority": ({"data.minority": None}, ["data.minority is missing", "fairness needs"]),
     "no class in the minority": ({"data.minority.classes": []}, ["data.minority.classes=()", "name a class"]),
@@ -211,20 +302,45 @@ VALUES = {
     "keep of more than there are": ({"data.minority.keep": 100_000}, ["data", "digit_4", "100000"]),
     "nothing held out": ({"data.held_out": 0.0}, ["data.held_out=0.0", "between 0 and 1"]),
     "unknown data set": ({"data.dataset": "cifar"}, ["data.dataset='cifar'", "choose from"]),
-    "missing data file": ({"data.dataset": "parquet", "data.path": "nowhere.parquet"}, ["data.path=", "nowhere.parquet", "does not exist", "correct the path"]),
+    "missing data file": (
+        {"data.dataset": "parquet", "data.path": "nowhere.parquet"},
+        ["data.path=", "nowhere.parquet", "does not exist", "correct the path"],
+    ),
+    "data path too long": (
+        {"data.dataset": "parquet", "data.path": "x" * 300},
+        ["data.path=", "xxx", "does not exist", "correct the path"],
+    ),
     "data file for bundled data": ({"data.path": "x.parquet"}, ["data.path=", "x.parquet", "remove it"]),
-    "mixture without means": ({"data.dataset": "gaussian_mixture", "model.kind": "mlp"}, ["data.means=None", "one entry a component"]),
+    "mixture without means": (
+        {"data.dataset": "gaussian_mixture", "model.kind": "mlp"},
+        ["data.means=None", "one entry a component"],
+    ),
     "U-Net for vectors": ({"data.dataset": "gaussian_mixture"}, ["model.kind=unet", "use model.kind=mlp"]),
-    "channels that do not divide": ({"model.channels": [12, 32]}, ["model", "channels [12]", "norm_groups=8"]),
-    "no channels": ({"model.channels": []}, ["model", "channels is empty", "give at least one"]),
-    "images that do not halve": ({"model.channels": [8, 8, 8, 8, 8]}, ["model.channels=[8, 8, 8, 8, 8]", "8x8", "data.size"]),
-    "betas that fall": ({"schedule.beta_start": 0.5}, ["schedule", "beta_end=0.02", "beta_start=0.5"]),
-    "warm-up longer than the run": ({"primal.warmup_steps": 50, "primal.steps": 40}, ["primal", "warmup_steps=50", "smaller than steps=40"]),
-    "no dual step in the run": ({"dual": {"rule": "ascent", "step_size": 0.1, "primal_steps_per_dual_step": 5000}}, ["dual.primal_steps_per_dual_step=5000", "primal.steps=1000"]),
+    "channels that do not divide": ({"model.channels": [12, 32]}, ["model.channels [12]", "norm_groups=8"]),
+    "no channels": ({"model.channels": []}, ["model.channels is empty", "give at least one"]),
+    "images that do not halve": (
+        {"model.channels": [8, 8, 8, 8, 8]},
+        ["model.channels=[8, 8, 8, 8, 8]", "8x8", "data.size"],
+    ),
+    "betas that fall": ({"schedule.beta_start": 0.5}, ["schedule.beta_end=0.02", "beta_start=0.5"]),
+    "warm-up longer than the run": (
+        {"primal.warmup_steps": 50, "primal.steps": 40},
+        ["primal.warmup_steps=50", "smaller than steps=40"],
+    ),
+    "no dual step in the run": (
+        {"dual": {"rule": "ascent", "step_size": 0.1, "primal_steps_per_dual_step": 5000}},
+        ["dual.primal_steps_per_dual_step=5000", "primal.steps=1000"],
+    ),
     "fp16 without a GPU": ({"primal.precision": "fp16"}, ["primal.precision=fp16", "needs a GPU", "bf16 or fp32"]),
     "two precisions": ({"primal.precision": "bf16"}, ["pretrain.precision=fp32", "primal.precision=bf16"]),
-    "more workers than CPUs": ({"compute.workers": 512, "primal.num_shards": 1024, "pretrain.num_shards": 1024}, ["compute.workers=512", "512 CPUs", "lower compute.workers"]),
-    "more CPUs a worker than there are": ({"compute.cpus_per_worker": 4096}, ["compute.workers=1", "4096 CPUs", "cpus_per_worker"]),
+    "more workers than CPUs": (
+        {"compute.workers": 512, "primal.num_shards": 1024, "pretrain.num_shards": 1024},
+        ["compute.workers=512", "512 CPUs", "lower compute.workers"],
+    ),
+    "more CPUs a worker than there are": (
+        {"compute.cpus_per_worker": 4096},
+        ["compute.workers=1", "4096 CPUs", "cpus_per_worker"],
+    ),
     "a GPU where there is none": ({"compute.gpus_per_worker": 64}, ["64 GPUs", "gpus_per_worker"]),
     "more workers than shards": ({"compute.workers": 9}, ["compute.workers=9", "4 logical shards", "num_shards"]),
     "name with a slash": ({"name": "a/b"}, ["name='a/b'", "use letters, digits"]),
@@ -259,7 +375,10 @@ OVERRIDES = {
     "below a plain value": (["name.first=5"], ["override 'name.first=5'", "name is 'small'", "no fields inside"]),
     "that is not YAML": (["primal.steps=[1"], ["override 'primal.steps=[1'", "not readable as YAML"]),
     "of an unknown key": (["primal.step=5"], ["primal.step: unknown key", "did you mean 'steps'?"]),
-    "of a bad value": (["thresholds.grid.minority=[1.4]"], ["thresholds.grid.minority[0]=1.4", "a share must be in (0, 1)"]),
+    "of a bad value": (
+        ["thresholds.grid.minority=[1.4]"],
+        ["thresholds.grid.minority[0]=1.4", "a share must be in (0, 1)"],
+    ),
 }
 
 
@@ -410,6 +529,19 @@ def test_a_pretrained_folder_with_a_damaged_model_is_refused(desk):
     assert "model.pretrained" in said and str(desk.work / "damaged") in said
 
 
+def test_a_pretrained_model_of_other_images_is_refused_and_one_that_fits_is_not(desk):
+    for channels in (1, 3):
+        network = UNet2DModel(
+            sample_size=8, in_channels=channels, out_channels=channels, layers_per_block=1, norm_num_groups=8,
+            block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        )  # fmt: skip
+        network.save_pretrained(desk.work / f"channels-{channels}")
+    said = desk.refused("sweep", desk.write(changed(desk.config(), {"model.pretrained": "channels-3"})))
+    assert "model.pretrained=" in said and "channels-3" in said and "3 channels, the data have 1" in said
+    with pytest.raises(RayStarted):
+        desk.call("sweep", desk.write(changed(desk.config(), {"model.pretrained": "channels-1"})))
+
+
 def test_a_pretrained_path_that_is_not_there_is_refused(desk):
     said = desk.refused("sweep", desk.write(changed(desk.config(), {"model.pretrained": "/nowhere/model"})))
     assert "model.pretrained='/nowhere/model'" in said and "give a diffusers model folder" in said
@@ -434,7 +566,11 @@ def test_an_unknown_sweep_is_named_by_every_command(command, desk):
 @pytest.mark.parametrize("command", ["resume", "status", "report", "sync"])
 @pytest.mark.parametrize(
     "damage, words",
-    [("name: [", ["not readable as YAML"]), ("- 1", ["expected a mapping"]), ("name: done\nsed: 1", ["sed: unknown key", "did you mean"])],
+    [
+        ("name: [", ["not readable as YAML"]),
+        ("- 1", ["expected a mapping"]),
+        ("name: done\nsed: 1", ["sed: unknown key", "did you mean"]),
+    ],
     ids=["no YAML", "a list", "other fields"],
 )
 def test_a_damaged_stored_config_is_refused(command, damage, words, desk):
@@ -468,7 +604,9 @@ def test_resuming_from_a_corrupted_checkpoint_is_refused(desk):
     checkpoint = desk.storage / "done" / "trials" / "share-1" / "checkpoints" / "step-000010"
     checkpoint.mkdir(parents=True)
     (checkpoint / "tensors.safetensors").write_bytes(b"cut short")
-    (checkpoint / "state.json").write_text(json.dumps({"version": 1, "sha256": "0" * 64, "fingerprint": "x"}), encoding="utf-8")
+    (checkpoint / "state.json").write_text(
+        json.dumps({"version": 1, "sha256": "0" * 64, "fingerprint": "x"}), encoding="utf-8"
+    )
     said = desk.refused("resume", "done", "--storage", desk.storage)
     assert str(checkpoint) in said and "corrupted" in said and "remove the folder" in said
 
@@ -546,7 +684,13 @@ def test_a_cluster_that_is_not_there_is_named_within_a_minute(given, desk):
     before = desk.everything()
     began = time.monotonic()
     ended = subprocess.run(
-        argv + (["--address", address] if given == "option" else []), cwd=desk.work, env=environment, capture_output=True, text=True, timeout=180, check=False
+        argv + (["--address", address] if given == "option" else []),
+        cwd=desk.work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
     )
     took = time.monotonic() - began
     assert ended.returncode == 2, ended.stderr

@@ -54,7 +54,7 @@ def positive(**limits):
     tolerance=st.floats(0, 10),
     channels=st.lists(st.sampled_from([8, 16, 64]), min_size=1, max_size=3),
     concurrent=st.just("auto") | st.integers(1, 100),
-    weights=st.lists(st.floats(0, 1e3), max_size=3),
+    weights=st.lists(st.floats(0, 1e3), max_size=3, unique_by=lambda weight: f"{weight:g}"),
     shares=st.lists(st.floats(0.01, 0.4), min_size=1, max_size=4),
 )
 def test_a_config_survives_the_trip_through_json_and_yaml_to_the_bit(
@@ -74,7 +74,10 @@ def test_a_config_survives_the_trip_through_json_and_yaml_to_the_bit(
         )
     )
     plain = config.to_dict()
-    for again in (json.loads(json.dumps(plain, allow_nan=False)), yaml.safe_load(yaml.safe_dump(plain, sort_keys=False))):
+    for again in (
+        json.loads(json.dumps(plain, allow_nan=False)),
+        yaml.safe_load(yaml.safe_dump(plain, sort_keys=False)),
+    ):
         back = SweepConfig.from_dict(again)
         assert back == config and back.to_dict() == plain
         assert type(back.data.minority.keep) is type(config.data.minority.keep)  # 1 is one image, 1.0 all of them
@@ -91,7 +94,15 @@ def test_every_example_is_complete_after_a_round_trip(path):
 def test_overrides_reach_into_sections_and_are_read_as_yaml(tmp_path):
     config = load_config(
         written(tmp_path / "sweep.yaml"),
-        ["primal.steps=300", "primal.lr=1e-3", "pretrain.lr=5E-4", "thresholds.grid.minority=[0.2, 1e-1]", "baselines.unconstrained=false", "tracking.experiment=a=b", "name=other"],
+        [
+            "primal.steps=300",
+            "primal.lr=1e-3",
+            "pretrain.lr=5E-4",
+            "thresholds.grid.minority=[0.2, 1e-1]",
+            "baselines.unconstrained=false",
+            "tracking.experiment=a=b",
+            "name=other",
+        ],
     )
     assert (config.primal.steps, config.primal.lr, config.pretrain.lr) == (300, 1e-3, 5e-4)
     assert config.thresholds.grid == {"minority": [0.2, 0.1]}
@@ -107,18 +118,27 @@ def test_a_later_override_wins(tmp_path):
 def test_a_number_with_an_exponent_is_a_number_in_the_file_and_in_an_override(text, tmp_path):
     """YAML 1.1 reads most of these as text."""
     path = tmp_path / "sweep.yaml"
-    path.write_text(yaml.safe_dump(values()) + f"primal: {{lr: {text}}}\nthresholds: {{grid: {{minority: [{text}]}}}}\n", encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(values()) + f"primal: {{lr: {text}}}\nthresholds: {{grid: {{minority: [{text}]}}}}\n",
+        encoding="utf-8",
+    )
     config = load_config(path)
     assert config.primal.lr == 1e-3 and config.thresholds.grid == {"minority": [1e-3]}
     assert load_config(written(path), [f"primal.lr={text}"]).primal.lr == 1e-3
 
 
 def test_environment_variables_replace_the_file_and_overrides_replace_them(tmp_path, monkeypatch):
-    path = written(tmp_path / "sweep.yaml", values(storage="here", tracking={"uri": "http://file:1", "experiment": "e"}))
+    path = written(
+        tmp_path / "sweep.yaml", values(storage="here", tracking={"uri": "http://file:1", "experiment": "e"})
+    )
     monkeypatch.setenv("DUALSWEEP_STORAGE", str(tmp_path / "there"))
     monkeypatch.setenv("DUALSWEEP_TRACKING_URI", "http://environment:2")
     config = load_config(path)
-    assert (config.storage, config.tracking.uri, config.experiment) == (str(tmp_path / "there"), "http://environment:2", "e")
+    assert (config.storage, config.tracking.uri, config.experiment) == (
+        str(tmp_path / "there"),
+        "http://environment:2",
+        "e",
+    )
     config = load_config(path, ["storage=/over", "tracking.uri=http://override:3"])
     assert (config.storage, config.tracking.uri) == ("/over", "http://override:3")
     config = load_config(path, environment=False)
@@ -130,8 +150,17 @@ def test_environment_variables_replace_the_file_and_overrides_replace_them(tmp_p
 def test_relative_paths_are_the_callers_and_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    data = {"dataset": "idx", "path": "a.idx", "labels_path": "b.idx", "test_path": "../c.idx", "test_labels_path": "/d.idx", "minority": {"classes": [1]}}
-    config = load_config(written(tmp_path / "sweep.yaml", values(data=data, storage="runs", model={"pretrained": "model"})))
+    data = {
+        "dataset": "idx",
+        "path": "a.idx",
+        "labels_path": "b.idx",
+        "test_path": "../c.idx",
+        "test_labels_path": "/d.idx",
+        "minority": {"classes": [1]},
+    }
+    config = load_config(
+        written(tmp_path / "sweep.yaml", values(data=data, storage="runs", model={"pretrained": "model"}))
+    )
     assert config.storage == str(tmp_path / "runs")
     assert config.model.pretrained == str(tmp_path / "model")
     found = (config.data.path, config.data.labels_path, config.data.test_path, config.data.test_labels_path)
@@ -141,8 +170,17 @@ def test_relative_paths_are_the_callers_and_made_absolute(tmp_path, monkeypatch)
 def test_addresses_and_hub_names_are_left_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = {"dataset": "parquet", "path": "s3://bucket/*.parquet", "minority": {"classes": [1]}}
-    config = load_config(written(tmp_path / "sweep.yaml", values(data=data, storage="file:///runs", model={"pretrained": "google/ddpm-cifar10-32"})))
-    assert (config.data.path, config.storage, config.model.pretrained) == ("s3://bucket/*.parquet", "file:///runs", "google/ddpm-cifar10-32")
+    config = load_config(
+        written(
+            tmp_path / "sweep.yaml",
+            values(data=data, storage="file:///runs", model={"pretrained": "google/ddpm-cifar10-32"}),
+        )
+    )
+    assert (config.data.path, config.storage, config.model.pretrained) == (
+        "s3://bucket/*.parquet",
+        "file:///runs",
+        "google/ddpm-cifar10-32",
+    )
     assert load_config(tmp_path / "sweep.yaml", ["storage=~/runs"]).storage == str(Path.home() / "runs")
 
 
@@ -162,7 +200,12 @@ def test_the_printed_schema_accepts_the_examples_and_refuses_an_unknown_key(monk
     for path in sorted(EXAMPLES.glob("*.yaml")):
         example = yaml.safe_load(path.read_text(encoding="utf-8"))
         jsonschema.validate(example, schema)
-        for wrong in ({**example, "sed": 1}, {**example, "primal": {"stesp": 1}}, {**example, "name": 5}, {key: example[key] for key in example if key != "thresholds"}):
+        for wrong in (
+            {**example, "sed": 1},
+            {**example, "primal": {"stesp": 1}},
+            {**example, "name": 5},
+            {key: example[key] for key in example if key != "thresholds"},
+        ):
             with pytest.raises(jsonschema.ValidationError):
                 jsonschema.validate(wrong, schema)
 
@@ -188,19 +231,15 @@ def test_no_section_is_left_out_of_the_question_what_a_base_depends_on():
     assert decided | {"method"} == set(SweepConfig.model_fields)
 
 
-def test_a_pretrained_model_whose_data_file_changed_is_not_reused(tmp_path):
-    """The same path with other images in it is another data set."""
-    data = {"dataset": "parquet", "path": str(tmp_path / "images.parquet"), "minority": {"classes": [1]}}
-    (tmp_path / "images.parquet").write_bytes(b"one")
-    before = SweepConfig.from_dict(values(data=data)).base_key()
-    assert SweepConfig.from_dict(values(data=data)).base_key() == before
-    (tmp_path / "images.parquet").write_bytes(b"another")
-    assert SweepConfig.from_dict(values(data=data)).base_key() != before
-
-
 def test_points_come_baselines_first_and_carry_what_a_trial_needs():
     points = sweep_points(SweepConfig.from_dict(values(baselines={"fixed_weights": [0.05, 0.3]})), NAMES)
-    assert [point["kind"] for point in points] == ["unconstrained", "constrained", "constrained", "fixed_weights", "fixed_weights"]
+    assert [point["kind"] for point in points] == [
+        "unconstrained",
+        "constrained",
+        "constrained",
+        "fixed_weights",
+        "fixed_weights",
+    ]
     assert [point["fixed_weight"] for point in points] == [None, None, None, 0.05, 0.3]
     assert points[1]["thresholds"] == {"digit_4": 0.05, "digit_5": 0.05} and points[1]["label"] == "minority >= 0.05"
     assert len({point["trial_id"] for point in points}) == 5
@@ -238,3 +277,12 @@ def test_a_fresh_name_counts_on_past_those_taken(tmp_path):
 def test_errors_of_a_config_say_where_it_came_from():
     with pytest.raises(ConfigError, match=r"^stored\.yaml: primal\.steps"):
         SweepConfig.from_dict(values(primal={"steps": 0}), source="stored.yaml")
+
+
+def test_a_check_of_a_section_names_the_field_once_and_by_its_full_path():
+    with pytest.raises(ConfigError) as refused:
+        SweepConfig.from_dict(
+            values(primal={"steps": 5, "warmup_steps": 9}, dual={"rule": "resilient", "step_size": 0.1})
+        )
+    said = str(refused.value)
+    assert "primal.warmup_steps=9 must" in said and "dual: the rule" in said and "dual: dual" not in said

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -48,7 +49,9 @@ def measured(dual_step, multipliers=(0.0, 0.0), *, trial=0, **changes):
 
 def begun(rule="ascent", trial="a", attempt=1, dual_state=None, ledger=None):
     ledger = ledger or DualLedger()
-    return ledger, perform(ledger, ledger.begin(trial, attempt, problem=PROBLEM, rule=RULES[rule], start=[0.0, 0.1], dual_state=dual_state))
+    return ledger, perform(
+        ledger, ledger.begin(trial, attempt, problem=PROBLEM, rule=RULES[rule], start=[0.0, 0.1], dual_state=dual_state)
+    )
 
 
 def perform(ledger, records):
@@ -89,8 +92,16 @@ def test_replaying_the_journal_gives_the_same_ledger_to_the_bit(rule, tmp_path):
     records += begun(rule, attempt=2, dual_state=checkpoint, ledger=ledger)[1] + advance(ledger, 2, attempt=2)
     records += begun(rule, trial="b", ledger=ledger)[1] + advance(ledger, 1, trial="b")
     records += perform(ledger, [{"kind": "directive", "trial": "b", "directive": "stop"}])
-    records += perform(ledger, [{"kind": "end", "trial": "a", "status": "completed", "result": {"x": 0.1 + 0.2}, "error": None}])
-    records += perform(ledger, [{"kind": "end", "trial": "b", "status": "failed", "result": None, "error": "no"}, {"kind": "reopen", "trial": "b"}])
+    records += perform(
+        ledger, [{"kind": "end", "trial": "a", "status": "completed", "result": {"x": 0.1 + 0.2}, "error": None}]
+    )
+    records += perform(
+        ledger,
+        [
+            {"kind": "end", "trial": "b", "status": "failed", "result": None, "error": "no"},
+            {"kind": "reopen", "trial": "b"},
+        ],
+    )
     journal = Journal(tmp_path / "journal.jsonl")
     journal.append(records)
     journal.close()
@@ -119,7 +130,7 @@ def test_multipliers_rise_where_violated_and_fall_to_zero_where_satisfied():
     for step in range(1, 8):
         perform(ledger, ledger.report("a", 1, step, measured(step, metrics=[0.4, 0.1])))
     rows = ledger.book("a").rows
-    assert all(after["multipliers"][0] > before["multipliers"][0] for before, after in zip(rows, rows[1:], strict=False))
+    assert all(after["multipliers"][0] > before["multipliers"][0] for before, after in pairwise(rows))
     assert rows[-1]["multipliers"][1] == 0.0 and rows[0]["multipliers"][1] < 0.1
 
 
@@ -177,7 +188,9 @@ def test_a_metric_that_is_no_number_is_refused_by_name_and_nothing_changes(bad):
     advance(ledger, 1)
 
 
-@pytest.mark.parametrize("name", ["lr", "grad_norm", "objective", "objective_stderr", "lagrangian", "metric_stderrs", "wall_time"])
+@pytest.mark.parametrize(
+    "name", ["lr", "grad_norm", "objective", "objective_stderr", "lagrangian", "metric_stderrs", "wall_time"]
+)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nothing_else_of_a_report_may_be_no_number_either(name, bad):
     """The journal refuses such a record only after it was applied, and then every trial's reports with it."""
@@ -227,7 +240,10 @@ def test_an_unknown_record_is_refused():
 def test_without_constraints_a_trial_still_has_its_trace():
     problem = {**PROBLEM, "constraints": []}
     ledger = DualLedger()
-    perform(ledger, ledger.begin("free", 1, problem=problem, rule={"rule": "ascent", "step_size": 0.1}, start=[], dual_state=None))
+    perform(
+        ledger,
+        ledger.begin("free", 1, problem=problem, rule={"rule": "ascent", "step_size": 0.1}, start=[], dual_state=None),
+    )
     perform(ledger, ledger.report("free", 1, 1, measured(1, metrics=[], metric_stderrs=[])))
     row = ledger.book("free").rows[0]
     assert (row["multipliers"], row["infeasibility"], ledger.reply("free").multipliers) == ([], 0.0, ())
@@ -236,7 +252,9 @@ def test_without_constraints_a_trial_still_has_its_trace():
 def test_the_local_dual_answers_as_the_ledger_does():
     ledger, _ = begun()
     local = LocalDual()
-    assert local.begin("a", 1, problem=PROBLEM, rule=RULES["ascent"], start=[0.0, 0.1], dual_state=None) == ledger.reply("a")
+    assert local.begin(
+        "a", 1, problem=PROBLEM, rule=RULES["ascent"], start=[0.0, 0.1], dual_state=None
+    ) == ledger.reply("a")
     for step in (1, 2, 2, 1, 3):
         perform(ledger, ledger.report("a", 1, step, measured(step)))
         assert local.report("a", 1, step, measured(step)) == ledger.reply("a")
@@ -275,7 +293,9 @@ def test_any_order_of_repeated_and_late_reports_gives_the_calm_runs_trace(events
     attempts, checkpoints = {0: 1, 1: 1}, {0: None, 1: None}
 
     def begin(trial):
-        journal.extend(begun(trial=f"t{trial}", attempt=attempts[trial], dual_state=checkpoints[trial], ledger=ledger)[1])
+        journal.extend(
+            begun(trial=f"t{trial}", attempt=attempts[trial], dual_state=checkpoints[trial], ledger=ledger)[1]
+        )
 
     def report(trial, step, attempt, **changes):
         measurement = measured(step, ledger.book(f"t{trial}").state.multipliers, trial=trial, **changes)

@@ -59,7 +59,19 @@ def test_an_absent_and_an_empty_journal_have_no_records(tmp_path):
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(
     st.lists(
-        st.dictionaries(st.text(max_size=5), st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8), st.lists, max_leaves=5), max_size=3),
+        st.dictionaries(
+            st.text(max_size=5),
+            st.recursive(
+                st.none()
+                | st.booleans()
+                | st.integers()
+                | st.floats(allow_nan=False, allow_infinity=False)
+                | st.text(max_size=8),
+                st.lists,
+                max_leaves=5,
+            ),
+            max_size=3,
+        ),
         max_size=5,
     )
 )
@@ -91,7 +103,16 @@ def test_a_flipped_byte_is_never_a_silent_wrong_record(tmp_path):
     begins = starts(content)
     for position in range(len(content)):
         damaged = max(k for k, begin in enumerate(begins) if begin <= position)
-        for mask in (0x01, 0x07, 0x20, 0x80, 0xFF, content[position] ^ ord("\n"), content[position] ^ ord("\r"), content[position] ^ ord("0")):
+        for mask in (
+            0x01,
+            0x07,
+            0x20,
+            0x80,
+            0xFF,
+            content[position] ^ ord("\n"),
+            content[position] ^ ord("\r"),
+            content[position] ^ ord("0"),
+        ):
             if not mask:
                 continue
             flipped = bytearray(content)
@@ -100,7 +121,9 @@ def test_a_flipped_byte_is_never_a_silent_wrong_record(tmp_path):
             try:
                 records = read_journal(path)
             except JournalError as error:
-                assert f"{path}: record at byte {begins[damaged]} is corrupted" in str(error) and "restore" in str(error)
+                assert f"{path}: record at byte {begins[damaged]} is corrupted" in str(error) and "restore" in str(
+                    error
+                )
             else:
                 assert damaged == len(RECORDS) - 1, f"byte {position} of record {damaged} changed unseen"
                 assert records == RECORDS[:-1]

@@ -9,7 +9,7 @@ from dualsweep.orchestration.config import ConfigError, SweepConfig, expand_grid
 from dualsweep.orchestration.points import Halt, build_search, search_settings
 
 NAMES = ("digit_4", "digit_5")
-SHARED = {"folder": "somewhere"}
+SHARED = {"folder": "somewhere", "constraint_names": list(NAMES)}
 
 
 def config(search=None, unit="share", **changes):
@@ -80,7 +80,11 @@ def test_after_the_list_come_as_many_thresholds_as_asked_all_within_their_range(
 
 @pytest.mark.parametrize(
     "axis, low, high",
-    [({"loguniform": [0.01, 0.3]}, 0.01, 0.3), ({"quniform": [0.05, 0.4, 0.01]}, 0.05, 0.4), ({"qloguniform": [0.05, 0.4, 0.01]}, 0.05, 0.4)],
+    [
+        ({"loguniform": [0.01, 0.3]}, 0.01, 0.3),
+        ({"quniform": [0.05, 0.4, 0.01]}, 0.05, 0.4),
+        ({"qloguniform": [0.05, 0.4, 0.01]}, 0.05, 0.4),
+    ],
 )
 def test_every_kind_of_range_stays_in_its_range(axis, low, high):
     found = searched({"points": 10, "axes": {"minority": axis}})
@@ -113,11 +117,16 @@ def test_a_search_with_more_points_than_choices_ends():
     assert sorted(entry["minority"] for entry in found) == [0.05, 0.1]
 
 
-def test_choices_may_be_spelled_as_a_range():
+def test_choices_are_a_list_and_nothing_else():
     """What the checks before the start accept must be what the search then proposes."""
     search = {"points": 2, "axes": {"minority": {"choice": {"linspace": [0.1, 0.2, 3]}}}}
-    assert expand_grid(config(search), NAMES) is None
-    assert all(entry["minority"] in (0.1, 0.15, 0.2) for entry in searched(search))
+    with pytest.raises(ConfigError, match=r"thresholds\.search\.axes\.minority\.choice=.*give a list"):
+        expand_grid(config(search), NAMES)
+
+
+def test_a_search_says_nothing_on_the_terminal(capfd, caplog):
+    searched(uniform(points=2))
+    assert (capfd.readouterr().err, caplog.records) == ("", [])
 
 
 @pytest.mark.parametrize("algorithm", ["optuna", "random"])
@@ -133,7 +142,7 @@ def test_a_resumed_search_adds_the_missing_points_and_none_it_has(algorithm):
 
 def test_a_finished_search_hands_out_nothing():
     spec = config(uniform(points=2))
-    searcher, total = build_search(spec, [], SHARED, [{}, {}, {}], Halt())
+    searcher, total = build_search(spec, [], SHARED, [{"trial_id": f"share-{k}"} for k in range(3)], Halt())
     assert total == 0 and searcher.suggest("trial") == Searcher.FINISHED
 
 

@@ -17,11 +17,23 @@ from dualsweep.orchestration.status import list_sweeps, rewrite_report, status_t
 from dualsweep.orchestration.watch import TrialView
 
 NAMES = ("digit_4", "digit_5")
-PROBLEM = Problem(method="fairness", objective="loss", constraints=tuple(Constraint(name=n, unit="share", threshold=0.1) for n in NAMES)).to_dict()
+PROBLEM = Problem(
+    method="fairness",
+    objective="loss",
+    constraints=tuple(Constraint(name=n, unit="share", threshold=0.1) for n in NAMES),
+).to_dict()
 
 
 def result(trial_id, status="completed", label=None):
-    return {"trial_id": trial_id, "label": label or trial_id, "kind": "constrained", "status": status, "certificate": None, "constraints": [], "objective": None}
+    return {
+        "trial_id": trial_id,
+        "label": label or trial_id,
+        "kind": "constrained",
+        "status": status,
+        "certificate": None,
+        "constraints": [],
+        "objective": None,
+    }
 
 
 class Folder:
@@ -52,7 +64,16 @@ class Folder:
         self.journal.append(records)
 
     def begin(self, trial_id, attempt=1):
-        self.write(*self.ledger.begin(trial_id, attempt, problem=PROBLEM, rule={"rule": "ascent", "step_size": 0.1}, start=[0.0, 0.0], dual_state=None))
+        self.write(
+            *self.ledger.begin(
+                trial_id,
+                attempt,
+                problem=PROBLEM,
+                rule={"rule": "ascent", "step_size": 0.1},
+                start=[0.0, 0.0],
+                dual_state=None,
+            )
+        )
 
     def step(self, trial_id, count=1, attempt=1):
         for _ in range(count):
@@ -72,7 +93,15 @@ class Folder:
             self.write(*self.ledger.report(trial_id, attempt, step, measured))
 
     def end(self, trial_id, status, *, error=None, label=None):
-        self.write({"kind": "end", "trial": trial_id, "status": status, "result": None if error else result(trial_id, status, label), "error": error})
+        self.write(
+            {
+                "kind": "end",
+                "trial": trial_id,
+                "status": status,
+                "result": None if error else result(trial_id, status, label),
+                "error": error,
+            }
+        )
 
 
 @pytest.fixture
@@ -85,7 +114,7 @@ def views(folder):
 
 
 def shown(table):
-    console = Console(file=io.StringIO(), width=250)
+    console = Console(file=io.StringIO(), width=700)
     console.print(table)
     return console.file.getvalue()
 
@@ -166,7 +195,10 @@ def test_a_torn_last_record_is_only_a_report_less(folder):
     [
         (lambda path: (path / "points.json").unlink(), "points.json"),
         (lambda path: (path / "points.json").write_text("[", encoding="utf-8"), "Expecting value"),
-        (lambda path: (path / "journal.jsonl").write_bytes(b"00000000 {}\n" + (path / "journal.jsonl").read_bytes()), "byte 0 is corrupted"),
+        (
+            lambda path: (path / "journal.jsonl").write_bytes(b"00000000 {}\n" + (path / "journal.jsonl").read_bytes()),
+            "byte 0 is corrupted",
+        ),
         (lambda path: (path / "sweep.yaml").write_text("name: [", encoding="utf-8"), "not readable as YAML"),
     ],
     ids=["no points", "broken points", "broken journal", "broken config"],
@@ -195,7 +227,7 @@ def test_the_list_shows_every_sweep_and_a_damaged_one_beside_them(tmp_path):
     content = bytearray((damaged.path / "journal.jsonl").read_bytes())
     content[30] ^= 1
     (damaged.path / "journal.jsonl").write_bytes(content)
-    (other.path / "sweep.yaml").write_text("thresholds: {grid: {minority: '[/bold]'}}", encoding="utf-8")
+    (other.path / "sweep.yaml").write_text("primal: {steps: '[/bold]'}", encoding="utf-8")
     (tmp_path / "no sweep").mkdir()
     with open(fine.path / "driver.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -204,12 +236,12 @@ def test_the_list_shows_every_sweep_and_a_damaged_one_beside_them(tmp_path):
     assert set(lines) >= {"fine", "damaged", "unreadable"} and "no sweep" not in text
     assert "1 of 3" in lines["fine"] and "running" in lines["fine"] and "index.html" in text
     assert "unreadable: sweep 'damaged'" in text and "byte 0 is corrupted" in text
-    assert "name: missing" in text.replace("\n", "")
+    assert "name: missing" in lines["unreadable"] and "(given: '[/bold]')" in lines["unreadable"]
 
 
 def test_brackets_of_a_folder_are_shown_as_they_are(tmp_path):
     Folder(tmp_path / "runs [v2]", "small")
-    assert "[v2]" in shown(list_sweeps(tmp_path / "runs [v2]"))
+    assert "runs[v2]" in "".join(shown(list_sweeps(tmp_path / "runs [v2]")).split())  # the title may be wrapped
 
 
 def test_a_list_of_a_folder_that_is_not_there_is_empty(tmp_path):

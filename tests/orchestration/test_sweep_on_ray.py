@@ -69,7 +69,9 @@ def test_a_sweep_leaves_results_traces_models_and_a_report(tiny_config, tmp_path
     history = client.get_metric_history(constrained.info.run_id, "multiplier/digit_4")
     trial_id = constrained.data.tags["dualsweep.trial"]
     rows = read_trace(outcome.folder / "trials" / trial_id / "trace.parquet")
-    assert sorted((point.step, point.value) for point in history) == [(row["dual_step"], row["multipliers"][0]) for row in rows]
+    assert sorted((point.step, point.value) for point in history) == [
+        (row["dual_step"], row["multipliers"][0]) for row in rows
+    ]
 
     mlflow.set_tracking_uri(outcome.tracking_uri)
     models = mlflow.search_logged_models([constrained.info.experiment_id], output_format="list")
@@ -114,7 +116,9 @@ def test_the_dual_server_holds_no_cpu_and_is_found_again_after_it_was_killed(tmp
         ray.kill(server.handle, no_restart=False)
         again = server.report("t", 1, 1, measurement)  # answered from the journal: nothing moves twice
         assert again == first and first.multipliers[0] > 0
-        assert server.report("t", 1, 2, measurement).multipliers[0] == pytest.approx(2 * first.multipliers[0], rel=1e-12)
+        assert server.report("t", 1, 2, measurement).multipliers[0] == pytest.approx(
+            2 * first.multipliers[0], rel=1e-12
+        )
     finally:
         stop_ray(info)
 
@@ -123,7 +127,13 @@ def test_a_sweep_in_the_trials_own_processes_with_relaxations_and_relative_losse
     config = tiny_config(
         compute={"workers": 0},
         thresholds={"unit": "loss", "grid": {"minority": [{"factor": 0.5}, {"factor": 0.9}]}},
-        dual={"rule": "resilient_explicit", "step_size": 0.5, "relaxation_cost": 0.5, "relaxation_step_size": 0.5, "primal_steps_per_dual_step": 2},
+        dual={
+            "rule": "resilient_explicit",
+            "step_size": 0.5,
+            "relaxation_cost": 0.5,
+            "relaxation_step_size": 0.5,
+            "primal_steps_per_dual_step": 2,
+        },
     )
     outcome = run_sweep(config, console=Console(quiet=True))
     constrained = [result for result in results_of(outcome).values() if result["kind"] == "constrained"]
@@ -136,7 +146,11 @@ def test_a_sweep_in_the_trials_own_processes_with_relaxations_and_relative_losse
 def test_searched_thresholds_come_from_optuna_and_count_up_to_points(tiny_config):
     config = tiny_config(
         compute={"workers": 0},
-        thresholds={"unit": "share", "grid": None, "search": {"axes": {"minority": {"loguniform": [0.05, 0.3]}}, "points": 3}},
+        thresholds={
+            "unit": "share",
+            "grid": None,
+            "search": {"axes": {"minority": {"loguniform": [0.05, 0.3]}}, "points": 3},
+        },
     )
     outcome = run_sweep(config, console=Console(quiet=True))
     constrained = [result for result in results_of(outcome).values() if result["kind"] == "constrained"]

@@ -6,6 +6,7 @@ All on real stores: SQLite files, and one real `mlflow server` on the loopback t
 import json
 import math
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from dualsweep.orchestration.trace import COLUMNS, VECTOR_COLUMNS, row_metrics, 
 from dualsweep.orchestration.tracking import Tracker, check_tracking, resolve_tracking_uri, sync_sweep
 
 NAMES = ("digit_4", "digit_7")
-PATIENCE = 60  # seconds; everything below takes a few on a busy two-core machine
+PATIENCE = 120  # seconds; a server start takes 5, and took 20 on a busy two-core machine
 
 
 def make_rows(count, constraints=NAMES, start=1, seed=0):
@@ -383,8 +384,12 @@ def test_the_sweep_neither_waits_nor_fails_when_mlflow_never_answers():
 
 
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """A port that stays free while the server is down: outside the range from which clients draw theirs."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 50):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise RuntimeError("no free port between 20000 and 32000")
 
 
 @contextmanager

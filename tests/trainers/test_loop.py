@@ -249,6 +249,31 @@ def test_the_trace_has_one_row_a_dual_step(calm, name):
     assert any(any(row["multipliers"]) for row in rows)  # the multipliers did move
 
 
+class Noting(LocalDual):
+    """Keeps every measurement as it was reported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.measurements = []
+
+    def report(self, trial_id, attempt, dual_step, measurement):
+        self.measurements.append(measurement)
+        return super().report(trial_id, attempt, dual_step, measurement)
+
+
+def test_a_share_pools_the_samples_of_the_last_dual_steps(sweeps):
+    sweep, dual = sweeps("mixture"), Noting()
+    sweep.run(sweep.fresh("pooled"), dual)
+    # 24 samples a dual step, a window of two.
+    assert [m["counts"] for m in dual.measurements] == [[24, 24]] + [[48, 48]] * (DUAL_STEPS - 1)
+
+
+def test_a_loss_is_measured_on_the_primal_steps_since_the_last_dual_step(sweeps):
+    sweep, dual = sweeps("losses"), Noting()
+    sweep.run(sweep.fresh("since"), dual)
+    assert [m["counts"] for m in dual.measurements] == [[16, 16]] * DUAL_STEPS  # two steps of 8 samples
+
+
 def test_a_factor_is_of_the_pretrained_models_own_loss(calm):
     sweep, assignment, dual, _ = calm("losses")
     losses = sweep.base_result["calibration"]["loss"]

@@ -66,6 +66,13 @@ def test_a_saved_model_answers_the_same_after_loading(tmp_path, model, shape):
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in stored)  # nothing that unpickles
 
 
+def test_attention_sits_at_the_same_levels_on_the_way_down_and_up():
+    config = make({**UNET, "attention": [False, True]}, (1, 8, 8)).network.config
+    assert config["down_block_types"] == ("DownBlock2D", "AttnDownBlock2D")
+    assert config["up_block_types"] == ("AttnUpBlock2D", "UpBlock2D")
+    assert "Attn" not in str(make(UNET, (1, 8, 8)).network.config["down_block_types"])
+
+
 def test_the_timestep_and_every_sample_matter_to_the_mlp():
     denoiser = make(MLP, (2,))
     x_t = torch.ones(2, 2)

@@ -51,6 +51,14 @@ class Queue(LocalDual):
         return self.ledger.reply(trial_id)
 
 
+def leaf_types(value):
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from leaf_types(inner)
+    else:
+        yield type(value)
+
+
 def test_a_worker_takes_one_assignment_after_the_other_and_records_how_each_ended(tmp_path):
     def assignment(trial_id, kind, **changes):
         given = {
@@ -89,4 +97,5 @@ def test_a_worker_takes_one_assignment_after_the_other_and_records_how_each_ende
     by_name = {trial_id: (result, error) for trial_id, _, _, result, error in queue.ends}
     assert "Traceback" in by_name["unnamed"][1] and "component_1" in by_name["unnamed"][1]
     assert by_name["interrupted"] == (None, None)
-    assert json.loads(json.dumps(by_name["good"][0])) == by_name["good"][0]  # plain values throughout
+    assert json.loads(json.dumps(by_name["good"][0])) == by_name["good"][0]
+    assert set(leaf_types(by_name["good"][0])) <= {str, int, float, bool, type(None)}  # no NumPy number left
