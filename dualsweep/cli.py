@@ -29,7 +29,10 @@ Overrides = Annotated[
 ]
 Address = Annotated[
     str | None,
-    typer.Option(help="Ray cluster to join; default RAY_ADDRESS, else Ray is started here.", show_default=False),
+    typer.Option(
+        help="Ray cluster to join, or local; default RAY_ADDRESS, a Ray running here, else one is started.",
+        show_default=False,
+    ),
 ]
 Storage = Annotated[
     str | None, typer.Option(help="Folder of the sweeps; default DUALSWEEP_STORAGE, else ./runs.", show_default=False)

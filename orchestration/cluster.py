@@ -4,6 +4,7 @@ import atexit
 import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -66,8 +67,48 @@ class ClusterInfo:
     autoscaled: bool = False
 
 
+def cluster_address(address: str | None) -> str | None:
+    """The cluster to join: the address given, RAY_ADDRESS, or one that `ray start` left running here; None: start locally.
+
+    "local" always means a Ray of our own. Ray itself would wait for minutes for a cluster whose machine-wide note
+    (ray_current_cluster) outlived it, so the note counts only if something answers at its address.
+    """
+    given = address or os.environ.get("RAY_ADDRESS")
+    if given == "local":
+        return None
+    if given and given != "auto":
+        return given
+    noted = _noted_address()
+    if noted is not None:
+        try:
+            _check_answers(noted)
+        except OSError:
+            noted = None
+    if given == "auto" and noted is None:
+        raise ConfigError(
+            "address: 'auto' finds no Ray running on this machine; give its address, or use --address local"
+        )
+    return noted
+
+
+def _noted_address() -> str | None:
+    note = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+    try:
+        return note.read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
+
+
+def _check_answers(address: str, timeout_s: float = 5.0) -> None:
+    """Raises: OSError when nothing listens there. Ray client addresses (ray://) are probed at their port as well."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():
+        raise ValueError(f"expected host:port, got {address!r}")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+
+
 def start_ray(*, address: str | None = None, num_cpus: int | None = None) -> ClusterInfo:
-    """Join the cluster at `address` or RAY_ADDRESS, or start a local one bound to loopback.
+    """Join the cluster that `cluster_address` finds, or start a local one bound to loopback.
 
     The dashboard stays on: without it Ray Train leaks the placement groups of trials that a scheduler stops.
     Raises: ConfigError when the given address does not answer.
@@ -76,21 +117,23 @@ def start_ray(*, address: str | None = None, num_cpus: int | None = None) -> Clu
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    wanted = address or os.environ.get("RAY_ADDRESS")
+    wanted = cluster_address(address)
     if not ray.is_initialized():
         if wanted:
             try:
+                _check_answers(wanted)
                 ray.init(address=wanted, logging_level=logging.ERROR, log_to_driver=False)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise ConfigError(
-                    f"address: no Ray cluster answers at {wanted!r} ({' '.join(str(error).split())[:200]}); start one with "
-                    "`ray up cluster.yaml`, or unset RAY_ADDRESS to run on this machine"
+                    f"address: no Ray cluster answers at {wanted!r} ({' '.join(str(error).split())[:200]}); start one "
+                    "with `ray up cluster.yaml`, or run on this machine alone with --address local"
                 ) from None
         else:
             # One machine, loopback only: a token would only leave a file in the home folder.
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
             with _stderr_to_null():
                 ray.init(
+                    address="local",
                     num_cpus=num_cpus,
                     include_dashboard=True,
                     dashboard_host="127.0.0.1",

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from dualsweep.orchestration.cluster import (
     Held,
+    cluster_address,
     leave_repository_root,
     quiet_environment,
     slots_for,
@@ -67,17 +68,17 @@ def run_sweep(
 
     Args:
         config: from `load_config`; with `resume`, the one stored in the sweep's folder.
-        address: Ray cluster to join; default RAY_ADDRESS, else a local Ray.
+        address: Ray cluster to join, or "local"; default RAY_ADDRESS, a Ray running here, else a local one.
     Raises: ConfigError before anything has started or been written.
     """
     console = console or Console()
-    on_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
-    plan = preflight(config, resume=resume, on_cluster=on_cluster)
+    found = cluster_address(address)
+    plan = preflight(config, resume=resume, on_cluster=found is not None)
     quiet_environment()
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.compute.placement_timeout_s))
     leave_repository_root()
     with console.status("starting Ray"):
-        info = start_ray(address=address)
+        info = start_ray(address=found or "local")
     try:
         slots = slots_for(config.compute, info)
         with _locked(plan.folder):

@@ -121,7 +121,7 @@ class Watcher:
             point = view.point
             params = {"kind": point["kind"], "thresholds": point["thresholds"], "fixed_weight": point["fixed_weight"]}
             self.tracker.start_trial(
-                trial_id, point["label"], params, {"dualsweep.kind": point["kind"]}, constraints=view.names
+                trial_id, point["label"], params, {"dualsweep.trial_kind": point["kind"]}, constraints=view.names
             )
         rows = self._rows.setdefault(trial_id, [])
         if seen["new_rows"]:

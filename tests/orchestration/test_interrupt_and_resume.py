@@ -92,13 +92,13 @@ def test_a_resume_continues_at_the_checkpoint_and_a_lost_one_fails_alone(interru
     history = client.get_metric_history(by_trial[second.name].info.run_id, "objective")
     assert sorted(point.step for point in history) == list(range(1, len(history) + 1))
     error = client.download_artifacts(by_trial[first.name].info.run_id, "error.txt", str(folder))
-    assert "CheckpointError" in Path(error).read_text()
+    assert "CheckpointError" in Path(error).read_text(encoding="utf-8")
     assert re.search(r"minority >= 0\.[12]: failed", output)
 
 
 def test_a_second_driver_on_a_running_sweep_is_refused(interrupted, command):
     folder, _, _ = interrupted
-    with open(folder / "runs" / "tiny" / "driver.lock", "w") as lock:
+    with open(folder / "runs" / "tiny" / "driver.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # what a running driver holds
         code, output = command("resume", "tiny", "--storage", str(folder / "runs"), cwd=folder)
     assert code == 2 and "is being run by another process" in output

@@ -42,11 +42,15 @@ def test_records_come_back_in_order_and_to_the_bit(tmp_path):
     assert read_journal(path) == [*RECORDS, {"more": 1}]
 
 
-def test_records_are_on_disk_when_append_returns(tmp_path):
-    journal = Journal(tmp_path / "journal.jsonl")
-    journal.append(RECORDS[:1])
-    assert read_journal(tmp_path / "journal.jsonl") == RECORDS[:1]  # read through another file handle, not closed yet
+def test_records_are_synced_to_disk_before_append_returns(tmp_path, monkeypatch):
+    path, synced = tmp_path / "journal.jsonl", []
+    journal = Journal(path)
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (sync(handle), synced.append(read_journal(path))))
+    journal.append(RECORDS[:2])
+    journal.append(RECORDS[2:])
     journal.close()
+    assert synced == [RECORDS[:2], RECORDS]  # one sync an append, with all of it in the file
 
 
 def test_an_absent_and_an_empty_journal_have_no_records(tmp_path):

@@ -64,7 +64,7 @@ def test_a_sweep_leaves_results_traces_models_and_a_report(tiny_config, tmp_path
 
     client, parents, children = child_runs(outcome, "tiny")
     assert len(parents) == 1 and len(children) == 5  # four trials and the pretrained model
-    constrained = next(run for run in children if run.data.tags.get("dualsweep.kind") == "constrained")
+    constrained = next(run for run in children if run.data.tags.get("dualsweep.trial_kind") == "constrained")
     assert constrained.data.tags["feasible"] in ("true", "false", "undecided")
     history = client.get_metric_history(constrained.info.run_id, "multiplier/digit_4")
     trial_id = constrained.data.tags["dualsweep.trial"]
