@@ -245,6 +245,8 @@ def _search_upper(spec: object, unit: str, path: str) -> Value:
         raise ValueError(f"{path}={spec!r}: give one of {[*SEARCH_RANGES, 'choice']}, e.g. {{uniform: [lo, hi]}}")
     kind, values = next(iter(spec.items()))
     if kind == "choice":
+        if not isinstance(values, Sequence):
+            raise ValueError(f"{path}.choice={values!r}: give a list with at least one value")
         choices = _grid_axis(values, unit, f"{path}.choice")
         return max(choices, key=lambda value: value["factor"] if isinstance(value, dict) else value)
     if kind in RANGES:

@@ -4,8 +4,8 @@ Messages name fields as they stand in a sweep's file, below ``data``.
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -290,7 +290,7 @@ def _check_fields(spec: DatasetSpec) -> None:
             value is not None
             and "://" not in value
             and not any(mark in value for mark in "*?[")
-            and not Path(value).exists()
+            and not os.path.exists(value)  # unlike Path.exists, also False for a name too long
         ):
             raise ValueError(f"data.{name}={value!r} does not exist: correct the path")
     if spec.path is not None and spec.path == spec.test_path:

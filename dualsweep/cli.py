@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dualsweep import __version__
@@ -83,7 +84,10 @@ def resume(name: Name, storage: Storage = None, address: Address = None) -> None
     """Go on with an interrupted sweep: finished trials are kept, the others continue from their checkpoints."""
     from dualsweep.orchestration.sweep import run_sweep, stored_config
 
-    _finish(run_sweep(stored_config(name, _root(storage)), resume=True, address=address, console=console))
+    root = _root(storage)
+    # A folder that was moved is where it is now, not where its file says.
+    config = stored_config(name, root).model_copy(update={"storage": str(root), "name": name})
+    _finish(run_sweep(config, resume=True, address=address, console=console))
 
 
 @app.command()
@@ -179,7 +183,7 @@ def _finish(outcome) -> None:
         console.print(f"report   {outcome.report}", highlight=False, soft_wrap=True)
     console.print(f"mlflow   mlflow ui --backend-store-uri {outcome.tracking_uri}", highlight=False, soft_wrap=True)
     for label, error in outcome.failed.items():
-        errors.print(f"[red]failed[/]   {label}: {error}", highlight=False, soft_wrap=True)
+        errors.print(f"[red]failed[/]   {escape(f'{label}: {error}')}", highlight=False, soft_wrap=True)
     if outcome.undelivered:
         errors.print(
             f"MLflow has not got {outcome.undelivered} items; `dualsweep sync {outcome.folder.name}` delivers them",
@@ -242,7 +246,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except ConfigError as error:
-        errors.print(f"[red]error[/] {error}", highlight=False, soft_wrap=True, markup=True)
+        errors.print(f"[red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True, markup=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

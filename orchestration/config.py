@@ -33,7 +33,7 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -176,6 +176,14 @@ class BaselinesConfig(_Section):
     unconstrained: bool = True
     fixed_weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
     """One run a value: every multiplier fixed at it."""
+
+    @model_validator(mode="after")
+    def _weights_differ(self) -> "BaselinesConfig":
+        shown = [f"{weight:g}" for weight in self.fixed_weights]  # as in the trial's id
+        repeated = sorted({text for text in shown if shown.count(text) > 1})
+        if repeated:
+            raise ValueError(f"fixed_weights holds {', '.join(repeated)} more than once: give each weight once")
+        return self
 
 
 class ComputeConfig(_Section):
@@ -321,7 +329,7 @@ def _with_absolute_paths(config: SweepConfig) -> SweepConfig:
     given = {name: getattr(config.data, name) for name in names}
     moved = {name: os.path.abspath(text) for name, text in given.items() if text and "://" not in text}
     pretrained = config.model.pretrained
-    if pretrained and Path(pretrained).exists():
+    if pretrained and os.path.exists(pretrained):
         pretrained = os.path.abspath(pretrained)
     storage = config.storage if "://" in config.storage else os.path.abspath(os.path.expanduser(config.storage))
     return config.model_copy(
@@ -368,8 +376,16 @@ def _describe(error: ValidationError, source: str) -> str:
             message = item["msg"].removeprefix("Value error, ")
             given = item["input"]
             shown = "" if isinstance(given, dict) or is_dataclass(given) else f" (given: {given!r})"
-            lines.append(f"{where}: {message}{shown}" if item["loc"] else message)
+            lines.append(_placed(message, where, item["loc"]) + shown)
     return f"{source}: " + "; ".join(dict.fromkeys(lines))
+
+
+def _placed(message: str, where: str, location: tuple) -> str:
+    """The message with the field's full path before it, once: checks of a section name only their own field."""
+    if not location or message.startswith((f"{where}:", f"{where}.")):
+        return message
+    field = re.match(r"\w*", message).group()
+    return f"{where}.{message}" if field in _known_keys(location) and field != location[-1] else f"{where}: {message}"
 
 
 def _known_keys(location: tuple) -> list[str]:
@@ -419,9 +435,17 @@ def sweep_points(config: SweepConfig, constraint_names: tuple[str, ...]) -> list
 def expand_grid(config: SweepConfig, constraint_names: tuple[str, ...]) -> list[GridPoint] | None:
     unit = config.thresholds.unit
     try:
-        return grid_points(config.thresholds.form, {"minority": constraint_names}, unit)
+        points = grid_points(config.thresholds.form, {"minority": constraint_names}, unit)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    form = next(iter(config.thresholds.form))
+    for point in points or []:
+        for name, value in point.thresholds.items():
+            if unit == "loss" and value == 0:
+                raise ConfigError(
+                    f"thresholds.{form} ({point.label}): {name}={value}: a loss must be > 0; give another"
+                )
+    return points
 
 
 def _point(

@@ -65,6 +65,8 @@ class DualLedger:
         book = self.book(trial_id)
         if attempt < book.attempt:
             raise StaleAttemptError(f"trial {trial_id}: attempt {attempt} began after attempt {book.attempt}")
+        if attempt == book.attempt and book.state is not None:
+            return []  # delivered twice: reports of this attempt may have followed
         if dual_state is None:
             parsed = Problem.from_dict(problem)
             dual_state = (
@@ -101,6 +103,11 @@ class DualLedger:
         violation = book.problem.violation(measurement["metrics"])
         state = book.rule.step(book.state, violation, book.problem.domain)
         row = _row(book.problem, state, attempt, violation, measurement)
+        for name, value in row.items():
+            if not np.isfinite(value).all():
+                raise ValueError(
+                    f"trial {trial_id}: {name}={value} at dual step {dual_step} is not finite; look at its data"
+                )
         return [{"kind": "step", "trial": trial_id, "row": row, "state": state.to_dict()}]
 
     def reply(self, trial_id: str) -> Reply:

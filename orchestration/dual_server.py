@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from dualsweep.orchestration.dual_ledger import FINAL, DualLedger, ProtocolError, StaleAttemptError, TrialBook
-from dualsweep.orchestration.journal import Journal
+from dualsweep.orchestration.journal import Journal, encode_record
 from dualsweep.trainers.dual_client import Reply
 
 NAMESPACE = "dualsweep"
@@ -33,7 +33,7 @@ class DualServer:
         self._assignments: dict[str, dict[str, Any] | None] = {}  # slot -> current assignment; None: the slot closes
         self._attempt_limit: dict[str, int] = {}
         self._halting = False
-        self._pending: list[dict[str, Any]] = []
+        self._pending: list[bytes] = []
         self._accepted = self._durable = 0  # records applied, records on disk
         self._writing = asyncio.Lock()
         self._changed = asyncio.Condition()
@@ -174,9 +174,10 @@ class DualServer:
         Whoever gets the lock writes everything that has gathered by then, so callers that wait share one sync. A failed
         write keeps the records for the next try; the caller gets the error instead of an answer.
         """
+        lines = [encode_record(record) for record in records]  # what cannot be written must not take effect
         for record in records:
             self.ledger.apply(record)
-            self._pending.append(record)
+        self._pending += lines
         self._accepted += len(records)
         target = self._accepted
         while self._durable < target:

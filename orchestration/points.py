@@ -1,6 +1,8 @@
 """Hands the sweep's trials to Tune in order, then whatever a search algorithm proposes."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import optuna
@@ -8,7 +10,9 @@ from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from dualsweep.orchestration.config import ConfigError, SweepConfig
+from dualsweep.orchestration.config import ConfigError, SweepConfig, point_for_search
+
+PROPOSALS = 200  # tries to find thresholds that were not handed out before
 
 
 @dataclass
@@ -36,11 +40,14 @@ class PointSearch(Searcher):
         mode: str,
         searched: int,
         halt: Halt,
+        point_id: Callable[[dict[str, Any]], str] | None = None,
+        taken: Iterable[str] = (),
     ) -> None:
         super().__init__(metric=metric, mode=mode)
         self._waiting = list(points)
         self._shared, self._inner, self._left = shared, inner, searched
-        self._searched: set[str] = set()
+        self._point_id, self._taken = point_id, set(taken)
+        self._searched: dict[str, str] = {}  # trial -> what the inner searcher knows it by
         self._halt = halt
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -50,20 +57,28 @@ class PointSearch(Searcher):
             return {**self._shared, "point": self._waiting.pop(0)}
         if self._inner is None or self._left <= 0:
             return Searcher.FINISHED
-        thresholds = self._inner.suggest(trial_id)
-        if thresholds is None or thresholds == Searcher.FINISHED:
-            return thresholds
-        self._left -= 1
-        self._searched.add(trial_id)
-        return {**self._shared, "thresholds": thresholds}
+        for number in range(PROPOSALS):
+            inner_id = f"{trial_id}-{number}"
+            thresholds = self._inner.suggest(inner_id)
+            if thresholds is None or thresholds == Searcher.FINISHED:
+                return thresholds
+            point = self._point_id(thresholds)
+            if point not in self._taken:
+                self._taken.add(point)
+                self._left -= 1
+                self._searched[trial_id] = inner_id
+                return {**self._shared, "thresholds": thresholds}
+            # The same thresholds are the same trial, which may be running: two of it would fence each other off.
+            self._inner.on_trial_complete(inner_id, None, error=True)
+        return Searcher.FINISHED
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if trial_id in self._searched:
-            self._inner.on_trial_result(trial_id, result)
+            self._inner.on_trial_result(self._searched[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if trial_id in self._searched:
-            self._inner.on_trial_complete(trial_id, result, error)
+            self._inner.on_trial_complete(self._searched[trial_id], result, error)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: a resumed sweep asks the DualServer's journal what is finished."""
@@ -90,8 +105,9 @@ def search_settings(config: SweepConfig) -> dict[str, Any]:
         "seed": config.seed,
         **spec,
     }
-    if not isinstance(settings["points"], int) or settings["points"] < 1:
-        raise ConfigError(f"thresholds.search.points={settings['points']!r}: give a whole number of at least 1")
+    for key, least in (("points", 1), ("seed", 0)):
+        if type(settings[key]) is not int or settings[key] < least:  # True is an int to isinstance
+            raise ConfigError(f"thresholds.search.{key}={settings[key]!r}: give a whole number of at least {least}")
     if settings["mode"] not in ("min", "max"):
         raise ConfigError(f"thresholds.search.mode={settings['mode']!r}: give min or max")
     if settings["metric"] not in ("lagrangian", "objective", "worst_violation", "kkt_residual"):
@@ -127,9 +143,15 @@ def build_search(
         else optuna.samplers.TPESampler(seed=settings["seed"])
     )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    inner = OptunaSearch(space, metric=metric, mode=mode, sampler=sampler)
+    inner = OptunaSearch(OptunaSearch.convert_search_space(space), metric=metric, mode=mode, sampler=sampler)
     left = max(0, settings["points"] - len(finished))
-    return PointSearch(points, shared, inner, metric, mode, left, halt), len(points) + left
+    point_id = partial(_point_id, config, tuple(shared["constraint_names"]))
+    taken = [result["trial_id"] for result in finished]
+    return PointSearch(points, shared, inner, metric, mode, left, halt, point_id, taken), len(points) + left
+
+
+def _point_id(config: SweepConfig, constraint_names: tuple[str, ...], thresholds: dict[str, Any]) -> str:
+    return point_for_search(config, constraint_names, thresholds)["trial_id"]
 
 
 def _tune_domain(spec: dict[str, Any]) -> Any:

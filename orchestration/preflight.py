@@ -7,11 +7,13 @@ from typing import Any
 from dualsweep.datasets import validate_spec
 from dualsweep.orchestration.cluster import check_fits_locally
 from dualsweep.orchestration.config import ConfigError, SweepConfig, sweep_points
+from dualsweep.orchestration.journal import read_journal
 from dualsweep.orchestration.points import search_settings
 from dualsweep.orchestration.storage import check_writable, storage_root
 from dualsweep.orchestration.tracking import check_tracking, resolve_tracking_uri
+from dualsweep.trainers.loop import newest_checkpoint
 from dualsweep.trainers.methods import METHODS
-from dualsweep.trainers.models import check_image_size
+from dualsweep.trainers.models import check_image_size, load_model
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,11 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
             check_image_size(config.model.model_dump(), summary.sample_shape)
         _check_shards(config)
         _check_precision(config)
-        _check_pretrained(config)
+        _check_pretrained(config, summary.sample_shape)
         if not on_cluster:
             check_fits_locally(config.compute)
+        if resume:
+            _check_resumable(folder)
         check_tracking(tracking_uri, timeout=8.0)
     except ConfigError:
         raise
@@ -89,14 +93,33 @@ def _check_precision(config: SweepConfig) -> None:
         )
 
 
-def _check_pretrained(config: SweepConfig) -> None:
+def _check_pretrained(config: SweepConfig, sample_shape: tuple[int, ...] | None) -> None:
+    """Read a local model whole: a damaged one would otherwise be found after Ray has started."""
     folder = config.model.pretrained
-    if folder and Path(folder).is_absolute():
-        files = ("model_index.json", "config.json")
-        if not any((Path(folder) / name).is_file() for name in files):
-            raise ConfigError(
-                f"model.pretrained={folder!r}: holds neither {' nor '.join(files)}; give a diffusers model folder"
-            )
+    if not folder or not Path(folder).is_absolute():
+        return
+    files = ("model_index.json", "config.json")
+    if not any((Path(folder) / name).is_file() for name in files):
+        raise ConfigError(
+            f"model.pretrained={folder!r}: holds neither {' nor '.join(files)}; give a diffusers model folder"
+        )
+    try:
+        network = load_model(folder).network
+    except ValueError as error:
+        raise ConfigError(f"model.pretrained={folder!r}: {error}; give a diffusers model folder") from error
+    channels = getattr(network.config, "in_channels", None)
+    if channels is not None and sample_shape is not None and channels != sample_shape[0]:
+        raise ConfigError(
+            f"model.pretrained={folder!r}: made for images of {channels} channels, the data have {sample_shape[0]}; "
+            f"set data.channels={channels} or give another model"
+        )
+
+
+def _check_resumable(folder: Path) -> None:
+    """What a resume goes on from is whole. Raises: ValueError naming the damaged file."""
+    read_journal(folder / "journal.jsonl")
+    for trial in sorted((folder / "trials").glob("*")):
+        newest_checkpoint(trial, None)
 
 
 def fresh_name(config: SweepConfig) -> SweepConfig:

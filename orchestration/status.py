@@ -8,6 +8,7 @@ import matplotlib.image
 import numpy as np
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from dualsweep.orchestration.config import ConfigError
@@ -83,16 +84,18 @@ def follow_status(root: Path, name: str, console: Console) -> None:
 
 
 def list_sweeps(root: Path) -> Table:
-    table = Table("sweep", "state", "trials done", "report", title=str(root), title_justify="left")
+    table = Table("sweep", "state", "trials done", "report", title=escape(str(root)), title_justify="left")
     for path in sorted(root.glob("*/sweep.yaml")):
         folder = path.parent
         try:
             views = trial_views(root, folder.name)
             done = f"{sum(view.status in FINAL for view in views)} of {len(views)}"
         except ConfigError as error:
-            done = f"unreadable: {error}"
+            done = f"unreadable: {escape(str(error))}"
         page = folder / "report" / "index.html"
-        table.add_row(folder.name, "running" if is_running(folder) else "-", done, str(page) if page.is_file() else "")
+        table.add_row(
+            folder.name, "running" if is_running(folder) else "-", done, escape(str(page)) if page.is_file() else ""
+        )
     return table
 
 

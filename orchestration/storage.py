@@ -27,8 +27,13 @@ def storage_root(storage: str) -> Path:
 def check_writable(root: Path) -> None:
     """Raises: ConfigError when the folder, or the nearest one above it that exists, cannot be written. Leaves nothing behind."""
     nearest = root
-    while not nearest.exists():
-        nearest = nearest.parent
+    try:
+        while not nearest.exists():
+            nearest = nearest.parent
+    except OSError as error:
+        raise ConfigError(
+            f"storage: {root} cannot be a folder ({os.strerror(error.errno or 0)}); give another folder with storage=PATH"
+        ) from None
     if not nearest.is_dir():
         raise ConfigError(f"storage: {nearest} is a file, not a folder; give another folder with storage=PATH")
     try:

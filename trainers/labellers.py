@@ -17,7 +17,7 @@ class Labeller:
 
     label: Callable[[np.ndarray], np.ndarray]
     description: str
-    accuracy: float
+    accuracy: float | None  # None: no images to judge it on
     accuracy_count: int
 
 
@@ -57,11 +57,9 @@ def _support_vectors(data: ConstrainedData, *, train: LabelledSet, test: Labelle
         return np.eye(num_classes)[machine.predict(_flat(samples))]
 
     tested = slice(0, 5000)
-    accuracy = (
-        float(np.mean(machine.predict(_flat(test.samples[tested])) == test.labels[tested]))
-        if len(test.labels)
-        else float("nan")
-    )
+    accuracy = None
+    if len(test.labels):
+        accuracy = float(np.mean(machine.predict(_flat(test.samples[tested])) == test.labels[tested]))
     return Labeller(label, f"{name} ({len(kept)} images)", accuracy, len(test.labels[tested]))
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -95,6 +96,8 @@ class _Trial:
         workspace, config = self.workspace, self.workspace.config
         base = None if self.is_base else workspace.load_base(Path(self.assignment.base_dir) / "model")
         calibration = None if self.is_base else read_json(Path(self.assignment.base_dir) / "calibration.json")
+        if calibration is not None and calibration["data"] != workspace.data.fingerprint:
+            raise ValueError(f"{self.assignment.base_dir}: trained on other data than there is now; remove the folder")
         workspace.fill(base)
         workspace.reset_scaler()
         trained, ema = workspace.modules()
@@ -107,14 +110,14 @@ class _Trial:
         shares = self._share_estimator(shards)
         sums = StreamSums(1 + len(self.names), workspace.device)
         interval = config["dual"]["primal_steps_per_dual_step"]
-        status = "completed"
+        status, grad_norm = "completed", 0.0
         trained.train()
         while train.primal_step < self.optimizer["steps"]:
             batch = make_batch(
                 workspace.tensors, streams.draw(train.primal_step, shards), streams.batch_sizes, workspace.device
             )
             self.first_step = self.first_step or time.time()
-            grad_norm = primal_step(
+            norm = primal_step(
                 train,
                 self.method,
                 workspace.schedule,
@@ -124,6 +127,8 @@ class _Trial:
                 grad_clip=self.optimizer["grad_clip"],
                 sums=sums,
             )
+            if math.isfinite(norm):  # an fp16 update that the scaler skipped has none
+                grad_norm = norm
             if train.primal_step % interval:
                 continue
             measurement = self._measure(train, sums, shares, problem, reply, grad_norm)
@@ -451,7 +456,7 @@ def calibrate(workspace: Workspace, denoiser: torch.nn.Module) -> dict[str, Any]
     return {"loss": losses, "loss_stderr": stderrs, "draws": CALIBRATION_DRAWS, "data": workspace.data.fingerprint}
 
 
-def newest_checkpoint(folder: Path, fingerprint: str) -> Path | None:
+def newest_checkpoint(folder: Path, fingerprint: str | None) -> Path | None:
     """The newest checkpoint that is whole; a damaged one is passed over for the one before, and refused if it is the last.
 
     Raises: CheckpointError when checkpoints exist but none can be used.

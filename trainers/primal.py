@@ -31,7 +31,8 @@ def primal_step(
     Args:
         multipliers: float32 on the model's device, shape (num_constraints,).
         sums: collects the per-sample losses for the next dual step.
-    Returns: global gradient norm before clipping (stationarity of the Lagrangian).
+    Returns: global gradient norm before clipping (stationarity of the Lagrangian); infinite where fp16 gradients
+        overflowed and the scaler skips the update.
     Raises: NonFiniteError before the optimizer moves, naming the primal step.
     """
     train.optimizer.zero_grad(set_to_none=True)

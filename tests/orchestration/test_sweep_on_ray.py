@@ -159,6 +159,27 @@ def test_searched_thresholds_come_from_optuna_and_count_up_to_points(tiny_config
     assert len(asked) == 3 and asked[0] >= 0.05 and asked[-1] <= 0.3
 
 
+def test_a_trial_that_fails_is_named_with_its_traceback_and_the_others_finish(tiny_config):
+    # A weight of 1e38 without normalisation overflows the gradient's norm: that trial must stop, and only that one.
+    config = tiny_config(
+        compute={"workers": 0},
+        primal={"normalize": False},
+        baselines={"unconstrained": False, "fixed_weights": [1e38]},
+        thresholds={"grid": {"minority": [0.1]}},
+    )
+    outcome = run_sweep(config, console=Console(quiet=True))
+    results = results_of(outcome)
+    assert (outcome.status, outcome.exit_code) == ("failed", 1)
+    assert list(outcome.failed) == ["fixed weights 1e+38"] and "non-finite" in outcome.failed["fixed weights 1e+38"]
+    assert sorted(result["status"] for result in results.values()) == ["completed", "diverged"]
+    client, _, children = child_runs(outcome, "tiny")
+    (broken,) = [run for run in children if run.info.status == "FAILED"]
+    path = client.download_artifacts(broken.info.run_id, "error.txt", str(outcome.folder))
+    assert (
+        "NonFiniteError" in open(path, encoding="utf-8").read() and "Traceback" in open(path, encoding="utf-8").read()
+    )
+
+
 def test_more_workers_than_the_cluster_can_hold_is_refused_before_anything_is_written(tiny_config, tmp_path):
     config = tiny_config(compute={"workers": 2, "cpus_per_worker": 64})
     with pytest.raises(ConfigError, match=r"compute.workers=2: one trial needs 128 CPUs"):
