@@ -14,6 +14,8 @@ from pathlib import Path
 
 from dualsweep.orchestration.config import ComputeConfig, ConfigError
 
+AUTOSCALED_VARIABLE = "DUALSWEEP_AUTOSCALED"
+
 # Ray reads these when it is imported or starts its processes, so they are set before `import ray` wherever possible.
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -153,10 +155,9 @@ def start_ray(*, address: str | None = None, num_cpus: int | None = None) -> Clu
 
 
 def _is_autoscaled() -> bool:
-    """Whether an autoscaler reports its status to the cluster: then nodes may come that are not there yet."""
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    return _internal_kv_get(b"__autoscaling_status") is not None
+    """Whether nodes may come that are not there yet. Ray's own status does not tell (a plain head reports one too), so
+    cluster.yaml and deploy/kuberay.yaml say so in the environment of their nodes."""
+    return os.environ.get(AUTOSCALED_VARIABLE, "").lower() in ("1", "true", "yes")
 
 
 def stop_ray(info: ClusterInfo) -> None:

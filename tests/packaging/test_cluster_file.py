@@ -14,7 +14,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from dualsweep.orchestration.storage import storage_root
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = ("DUALSWEEP_STORAGE", "DUALSWEEP_TRACKING_URI", "MLFLOW_TRACKING_URI")
+SETTINGS = ("DUALSWEEP_STORAGE", "DUALSWEEP_AUTOSCALED", "DUALSWEEP_TRACKING_URI", "MLFLOW_TRACKING_URI")
 
 
 def read_yaml(path: str) -> dict:
