@@ -26,7 +26,8 @@ from dualsweep.orchestration.cluster import start_ray, stop_ray
 from dualsweep.orchestration.config import SweepConfig, load_config
 from dualsweep.orchestration.local_dual import LocalDual
 from dualsweep.orchestration.sweep import run_sweep
-from dualsweep.trainers.loop import Assignment, run_trial
+from dualsweep.trainers.assignment import Assignment
+from dualsweep.trainers.loop import run_trial
 from dualsweep.trainers.workspace import Workspace
 
 

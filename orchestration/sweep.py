@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 
 from dualsweep.orchestration.cluster import (
+    ClusterInfo,
     Held,
     cluster_address,
     leave_repository_root,
@@ -88,12 +89,12 @@ def run_sweep(
                 f"[bold]{config.name}[/]: {len(plan.points)} trials, {slots} at a time on {where}", highlight=False
             )
             console.print(f"  folder   {plan.folder}\n  tracking {plan.tracking_uri}", highlight=False)
-            return _run(plan, slots, console)
+            return _run(plan, slots, info, console)
     finally:
         stop_ray(info)
 
 
-def _run(plan: Plan, slots: int, console: Console) -> Outcome:
+def _run(plan: Plan, slots: int, info: ClusterInfo, console: Console) -> Outcome:
     config = plan.config
     tracker = Tracker(plan.tracking_uri, config.experiment, config.name, sweep_id=str(plan.folder))
     tracker.start_sweep(config.to_dict(), {"dualsweep.method": config.method}, files=[plan.folder / "sweep.yaml"])
@@ -114,7 +115,7 @@ def _run(plan: Plan, slots: int, console: Console) -> Outcome:
                     for trial_id, seen in finished.items()
                     if trial_id not in {p["trial_id"] for p in plan.points}
                 ]
-                failed_fit = _fit(plan, [base, *todo] if base else todo, slots, searched, halt)
+                failed_fit = _fit(plan, [base, *todo] if base else todo, slots, info, searched, halt)
     finally:
         watcher.stop()
         held = wait_until_free()
@@ -127,7 +128,12 @@ def _run(plan: Plan, slots: int, console: Console) -> Outcome:
 
 
 def _fit(
-    plan: Plan, points: list[dict[str, Any]], slots: int, searched: list[dict[str, Any]], halt: Halt
+    plan: Plan,
+    points: list[dict[str, Any]],
+    slots: int,
+    info: ClusterInfo,
+    searched: list[dict[str, Any]],
+    halt: Halt,
 ) -> str | None:
     """Run the points through Tune. Returns: an error that ended trials without their own, else None."""
     from ray import tune
@@ -143,6 +149,8 @@ def _fit(
         "base_dir": str(plan.base_dir),
         "constraint_names": list(plan.constraint_names),
         "report_every": max(1, dual_steps // MILESTONES),
+        # On one machine the other slots' processors are free while they wait for the pretrained model.
+        "base_threads": config.compute.cpus_per_worker * (slots if info.local else 1),
     }
     search, samples = build_search(config, points, shared, searched, halt)
     # 0 CPU for the trial's own actor: its worker group holds the CPUs. In-process trials hold them themselves.

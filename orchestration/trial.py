@@ -10,13 +10,13 @@ from ray import tune
 from dualsweep.orchestration.config import SweepConfig, point_for_search
 from dualsweep.orchestration.dual_server import find_dual_server
 from dualsweep.orchestration.worker_group import WorkerGroup
-from dualsweep.trainers.loop import Assignment
+from dualsweep.trainers.assignment import Assignment
 
 POLL_S = 5.0  # how long one wait inside the DualServer lasts before Tune's actor looks at its worker group
 
 
 class SweepTrial(tune.Trainable):
-    """See the module. `config`: sweep (the resolved config), folder, report_every, and the point or searched thresholds."""
+    """See the module. `config`: sweep (the resolved config), folder, report_every, base_threads, base_dir, constraint_names, and the point or searched thresholds."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.slot = uuid.uuid4().hex[:8]
@@ -24,7 +24,7 @@ class SweepTrial(tune.Trainable):
         self.folder = Path(config["folder"])
         self.server = find_dual_server(self.sweep.name)
         self._hand_over(config)
-        self.group = WorkerGroup(self.slot, self.sweep, self.folder)
+        self.group = WorkerGroup(self.slot, self.sweep, self.folder, base_threads=config["base_threads"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._hand_over(new_config)

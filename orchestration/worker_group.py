@@ -10,13 +10,14 @@ from ray.train.torch import TorchTrainer
 
 from dualsweep.orchestration.config import SweepConfig
 from dualsweep.orchestration.dual_server import find_dual_server
-from dualsweep.trainers.worker import serve
 
 CLOSE_TIMEOUT_S = 60.0
 
 
 def train_loop(loop_config: dict[str, Any]) -> None:
     """Train function of every worker."""
+    from dualsweep.trainers.worker import serve  # here: the trial's driver and Train's controller load this file too
+
     config = SweepConfig.from_dict(loop_config["config"])
     serve(
         find_dual_server(config.name),
@@ -24,25 +25,31 @@ def train_loop(loop_config: dict[str, Any]) -> None:
         config.to_dict(),
         config.data,
         num_threads=config.compute.cpus_per_worker,
+        base_threads=loop_config["base_threads"],
     )
 
 
 class WorkerGroup:
     """Starts the group in a thread; `error` holds what ended it too early."""
 
-    def __init__(self, slot: str, config: SweepConfig, folder: Path) -> None:
+    def __init__(self, slot: str, config: SweepConfig, folder: Path, *, base_threads: int) -> None:
         self.error: BaseException | None = None
         run = _in_process if config.compute.workers == 0 else _ray_train
+        job = {"slot": slot, "config": config.to_dict(), "base_threads": base_threads}
         self._thread = threading.Thread(
-            target=self._guard, args=(run, slot, config, folder), daemon=True, name=f"worker-group-{slot}"
+            target=self._guard, args=(run, job, config, folder), daemon=True, name=f"worker-group-{slot}"
         )
         self._thread.start()
 
     def _guard(
-        self, run: Callable[[str, SweepConfig, Path], None], slot: str, config: SweepConfig, folder: Path
+        self,
+        run: Callable[[dict[str, Any], SweepConfig, Path], None],
+        job: dict[str, Any],
+        config: SweepConfig,
+        folder: Path,
     ) -> None:
         try:
-            run(slot, config, folder)
+            run(job, config, folder)
         except BaseException as error:  # noqa: BLE001  (a thread's exception is lost unless kept; the trial raises it)
             self.error = error
 
@@ -55,23 +62,23 @@ class WorkerGroup:
         self._thread.join(CLOSE_TIMEOUT_S)
 
 
-def _in_process(slot: str, config: SweepConfig, folder: Path) -> None:
-    train_loop({"slot": slot, "config": config.to_dict()})
+def _in_process(job: dict[str, Any], config: SweepConfig, folder: Path) -> None:
+    train_loop(job)
 
 
-def _ray_train(slot: str, config: SweepConfig, folder: Path) -> None:
+def _ray_train(job: dict[str, Any], config: SweepConfig, folder: Path) -> None:
     compute = config.compute
     resources = {"CPU": compute.cpus_per_worker}
     if compute.gpus_per_worker:
         resources["GPU"] = compute.gpus_per_worker
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config={"slot": slot, "config": config.to_dict()},
+        train_loop_config=job,
         scaling_config=ScalingConfig(
             num_workers=compute.workers, resources_per_worker=resources, use_gpu=compute.gpus_per_worker > 0
         ),
         run_config=RunConfig(
-            name=f"slot-{slot}",
+            name=f"slot-{job['slot']}",
             storage_path=str(folder / "train"),
             # One run serves many trials, so it may be restarted often; the ledger counts failures of each trial.
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),

@@ -1,13 +1,11 @@
 """The one training loop: a trial from its assignment to its result, for every method, on one worker or many."""
 
-import hashlib
 import json
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from dualsweep.constraints.closed_forms import (
     class_restriction_objective,
     resilient_class_restriction_multipliers,
 )
+from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.dual_client import DualClient, Reply
 from dualsweep.trainers.evaluate import Evaluation, denoising_losses, evaluate
 from dualsweep.trainers.methods import METHODS, Method, StreamSums
@@ -32,37 +31,7 @@ from dualsweep.trainers.state import CheckpointError, TrainState, read_checkpoin
 from dualsweep.trainers.workspace import Workspace, read_json
 
 KEPT_CHECKPOINTS = 2
-TRAINING_SECTIONS = ("method", "seed", "data", "model", "schedule", "pretrain", "primal", "dual", "share")
 CALIBRATION_DRAWS = 8192
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assignment:
-    """One trial as the worker group receives it; plain values, so it travels as JSON."""
-
-    trial_id: str
-    label: str
-    kind: str  # base, unconstrained, constrained, fixed_weights
-    attempt: int
-    thresholds: dict[str, Any]  # user unit, or {"factor": f} of the pretrained model's value
-    fixed_weight: float | None
-    trial_dir: str
-    base_dir: str
-    handed_over: float = 0.0  # unix time at which Tune handed the grid point over
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def fingerprint(self, config: dict[str, Any]) -> str:
-        """What a checkpoint must agree with to be resumed from: the point and every setting the training depends on."""
-        parts = [
-            {key: config[key] for key in TRAINING_SECTIONS},
-            self.trial_id,
-            self.kind,
-            self.thresholds,
-            self.fixed_weight,
-        ]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def run_trial(workspace: Workspace, assignment: Assignment, dual: DualClient) -> dict[str, Any] | None:

@@ -11,8 +11,9 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from dualsweep.datasets import DatasetSpec
+from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.dual_client import DualClient
-from dualsweep.trainers.loop import Assignment, run_trial
+from dualsweep.trainers.loop import run_trial
 from dualsweep.trainers.primal import NonFiniteError
 from dualsweep.trainers.workspace import Workspace
 
@@ -27,13 +28,24 @@ class Server(DualClient, Protocol):
     ) -> None: ...
 
 
-def serve(server: Server, slot: str, config: dict[str, Any], data_spec: DatasetSpec, *, num_threads: int) -> None:
+def serve(
+    server: Server,
+    slot: str,
+    config: dict[str, Any],
+    data_spec: DatasetSpec,
+    *,
+    num_threads: int,
+    base_threads: int | None = None,
+) -> None:
     """Train assignments until the slot is closed; called by every worker of a group, or in-process without Ray Train.
 
     A trial that raises is recorded with its traceback and the group goes on with the next one. With several workers the
     others may be inside a collective call, so the group ends instead, and is restarted by Ray Train.
+
+    Args:
+        num_threads: CPU threads of a trial.
+        base_threads: CPU threads of the pretraining, while the other slots wait for it; default num_threads.
     """
-    torch.set_num_threads(num_threads)
     workspace = Workspace(config, data_spec)
     finished = None
     while True:
@@ -43,6 +55,7 @@ def serve(server: Server, slot: str, config: dict[str, Any], data_spec: DatasetS
         if given[0] is None:
             return
         assignment = Assignment(**given[0])
+        torch.set_num_threads(base_threads or num_threads if assignment.kind == "base" else num_threads)
         try:
             result = run_trial(workspace, assignment, server)
         except Exception as error:  # the trial boundary: whatever it was, it is recorded and the sweep goes on

@@ -1,6 +1,7 @@
 """Sweeps on a real local Ray: what they leave behind, and what they give back."""
 
 import json
+from pathlib import Path
 
 import diffusers
 import mlflow
@@ -175,9 +176,8 @@ def test_a_trial_that_fails_is_named_with_its_traceback_and_the_others_finish(ti
     client, _, children = child_runs(outcome, "tiny")
     (broken,) = [run for run in children if run.info.status == "FAILED"]
     path = client.download_artifacts(broken.info.run_id, "error.txt", str(outcome.folder))
-    assert (
-        "NonFiniteError" in open(path, encoding="utf-8").read() and "Traceback" in open(path, encoding="utf-8").read()
-    )
+    text = Path(path).read_text(encoding="utf-8")
+    assert "NonFiniteError" in text and "Traceback" in text
 
 
 def test_more_workers_than_the_cluster_can_hold_is_refused_before_anything_is_written(tiny_config, tmp_path):

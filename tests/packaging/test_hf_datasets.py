@@ -27,22 +27,30 @@ def print_what_driver_and_worker_find():
     on_worker = ray.get(ray.remote(num_cpus=1)(found_datasets).remote(), timeout=120)
     print("PROBE " + json.dumps({"driver": found_datasets(), "worker": on_worker}), flush=True)
 """
-LEFT = PROBE + """
+LEFT = (
+    PROBE
+    + """
 from dualsweep.orchestration.cluster import leave_repository_root, start_ray
 
 leave_repository_root()
 start_ray(num_cpus=1)
 print_what_driver_and_worker_find()
 """
-STAYED = PROBE + """
+)
+STAYED = (
+    PROBE
+    + """
 import ray
 
 ray.init(num_cpus=1, log_to_driver=False)
 sys.path.remove("")  # the driver looks elsewhere, its working directory reaches the worker all the same
 print_what_driver_and_worker_find()
 """
+)
 # The real command, up to the moment at which Ray runs.
-COMMAND = PROBE + """
+COMMAND = (
+    PROBE
+    + """
 import dualsweep.orchestration.cluster as cluster
 
 start_ray = cluster.start_ray
@@ -60,6 +68,7 @@ from dualsweep.cli import main
 sys.argv = ["dualsweep", "sweep", "examples/digits_fairness.yaml"]
 main()
 """
+)
 
 
 def run_from_the_root(*command: str, **environment: str) -> str:

@@ -7,7 +7,8 @@ import torch
 
 from dualsweep.orchestration.config import SweepConfig
 from dualsweep.orchestration.local_dual import LocalDual
-from dualsweep.trainers.loop import Assignment, run_trial
+from dualsweep.trainers.assignment import Assignment
+from dualsweep.trainers.loop import run_trial
 from dualsweep.trainers.workspace import Workspace
 
 pytestmark = [

@@ -11,7 +11,8 @@ import torch
 
 from dualsweep.orchestration.config import load_config, sweep_points
 from dualsweep.orchestration.local_dual import LocalDual
-from dualsweep.trainers.loop import Assignment, run_trial
+from dualsweep.trainers.assignment import Assignment
+from dualsweep.trainers.loop import run_trial
 from dualsweep.trainers.workspace import Workspace
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "gmm_fairness.yaml"

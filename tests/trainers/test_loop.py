@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from dualsweep.orchestration.config import SweepConfig
 from dualsweep.orchestration.dual_ledger import StaleAttemptError
 from dualsweep.orchestration.local_dual import LocalDual
-from dualsweep.trainers.loop import Assignment, run_trial
+from dualsweep.trainers.assignment import Assignment
+from dualsweep.trainers.loop import run_trial
 from dualsweep.trainers.models import load_model
 from dualsweep.trainers.primal import NonFiniteError
 from dualsweep.trainers.state import CheckpointError

@@ -4,7 +4,7 @@ import json
 
 from dualsweep.orchestration.config import SweepConfig
 from dualsweep.orchestration.local_dual import LocalDual
-from dualsweep.trainers.loop import Assignment
+from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.worker import serve
 
 CONFIG = SweepConfig.from_dict(
