@@ -374,8 +374,9 @@ def _point_label(trial: Trial) -> str:
 
 def _objective_name(sweep: Sweep) -> str:
     units = {(trial.result.get("objective") or {}).get("unit") for trial in sweep.trials if trial.drawable} - {None}
-    names = {"fairness": "KL(q‖p) above the pretrained model"}
-    return f"cost: {names.get(sweep.method, 'objective')} ({', '.join(sorted(units)) or 'nats'})"
+    # "KL(q||p) above the unconstrained run's, on held-out main data": the axis has room for the first half.
+    name = sweep.objective_meaning.split(",")[0].replace("||", "‖")
+    return f"cost: {name} ({', '.join(sorted(units)) or 'nats'})"
 
 
 def _figure(width: float, height: float) -> Figure:
