@@ -58,7 +58,7 @@ def main() -> None:
     )
     info = start_ray(num_cpus=2)
     with tempfile.TemporaryDirectory() as folder:
-        server = start_dual_server("benchmark", Path(folder) / "journal.jsonl")
+        server = start_dual_server(Path(folder))
         server.begin(
             "t", 1, problem=problem.to_dict(), rule=config.dual.rule_config(), start=[0.0] * len(names), dual_state=None
         )

@@ -6,6 +6,7 @@ that every answer was given from.
 """
 
 import asyncio
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -266,22 +267,23 @@ class RayDual:
         ray.kill(self.handle)
 
 
-def server_name(sweep: str) -> str:
-    return f"dual-server-{sweep}"
+def server_name(folder: Path) -> str:
+    """Two sweeps of one name in two storage folders may share a cluster, so the whole path counts."""
+    return f"dual-server-{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
 
 
-def start_dual_server(sweep: str, journal_path: Path) -> RayDual:
+def start_dual_server(folder: Path) -> RayDual:
     """Start the sweep's DualServer: no CPU, restarted for ever, found by name from every worker."""
     actor = ray.remote(DualServer).options(
-        name=server_name(sweep),
+        name=server_name(folder),
         namespace=NAMESPACE,
         num_cpus=0,
         max_restarts=-1,
         max_task_retries=-1,
         max_concurrency=1000,  # long polls (lease, progress) wait inside the actor
     )
-    return RayDual(actor.remote(str(journal_path)))
+    return RayDual(actor.remote(str(folder / "journal.jsonl")))
 
 
-def find_dual_server(sweep: str) -> RayDual:
-    return RayDual(ray.get_actor(server_name(sweep), namespace=NAMESPACE))
+def find_dual_server(folder: Path) -> RayDual:
+    return RayDual(ray.get_actor(server_name(folder), namespace=NAMESPACE))

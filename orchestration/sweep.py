@@ -98,7 +98,7 @@ def _run(plan: Plan, slots: int, info: ClusterInfo, console: Console) -> Outcome
     config = plan.config
     tracker = Tracker(plan.tracking_uri, config.experiment, config.name, sweep_id=str(plan.folder))
     tracker.start_sweep(config.to_dict(), {"dualsweep.method": config.method}, files=[plan.folder / "sweep.yaml"])
-    server = start_dual_server(config.name, plan.folder / "journal.jsonl")
+    server = start_dual_server(plan.folder)
     finished = {trial_id: seen for trial_id, seen in server.call("snapshot", {}, []).items() if seen["status"] in KEPT}
     todo = [point for point in plan.points if point["trial_id"] not in finished]
     base = _base_point(plan)

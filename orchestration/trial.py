@@ -22,7 +22,7 @@ class SweepTrial(tune.Trainable):
         self.slot = uuid.uuid4().hex[:8]
         self.sweep = SweepConfig.from_dict(config["sweep"])
         self.folder = Path(config["folder"])
-        self.server = find_dual_server(self.sweep.name)
+        self.server = find_dual_server(self.folder)
         self._hand_over(config)
         self.group = WorkerGroup(self.slot, self.sweep, self.folder, base_threads=config["base_threads"])
 

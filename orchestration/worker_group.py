@@ -20,7 +20,7 @@ def train_loop(loop_config: dict[str, Any]) -> None:
 
     config = SweepConfig.from_dict(loop_config["config"])
     serve(
-        find_dual_server(config.name),
+        find_dual_server(Path(loop_config["folder"])),
         loop_config["slot"],
         config.to_dict(),
         config.data,
@@ -35,7 +35,7 @@ class WorkerGroup:
     def __init__(self, slot: str, config: SweepConfig, folder: Path, *, base_threads: int) -> None:
         self.error: BaseException | None = None
         run = _in_process if config.compute.workers == 0 else _ray_train
-        job = {"slot": slot, "config": config.to_dict(), "base_threads": base_threads}
+        job = {"slot": slot, "config": config.to_dict(), "folder": str(folder), "base_threads": base_threads}
         self._thread = threading.Thread(
             target=self._guard, args=(run, job, config, folder), daemon=True, name=f"worker-group-{slot}"
         )

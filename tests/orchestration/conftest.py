@@ -68,6 +68,7 @@ def command():
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,  # a process group of its own, as a terminal gives it
         )
         if not wait:
             return process

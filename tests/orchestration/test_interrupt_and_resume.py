@@ -1,6 +1,7 @@
 """Ctrl-C leaves everything resumable, and a resume goes on from the newest whole checkpoint of every trial."""
 
 import fcntl
+import os
 import signal
 import time
 
@@ -33,7 +34,7 @@ def interrupted(tmp_path_factory, tiny_values, command):
     process = command("sweep", str(path), cwd=folder, wait=False)
     trials = folder / "runs" / "tiny" / "trials"
     wait_for(lambda: len(list(trials.glob("*/checkpoints/step-*"))) >= 3, seconds=200, process=process)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C: Ray's processes get it too
     output, _ = process.communicate(timeout=120)
     return folder, process.returncode, output
 
@@ -66,7 +67,7 @@ def test_a_resume_continues_at_the_newest_whole_checkpoint(interrupted, command)
 
     process = command("resume", "tiny", "--storage", str(folder / "runs"), cwd=folder, wait=False)
     wait_for(lambda: all(newest(t) >= at_interrupt[t] + 6 for t in (torn, whole)), seconds=200, process=process)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C: Ray's processes get it too
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
 

@@ -43,7 +43,7 @@ def child_runs(outcome, experiment: str):
     return client, parents, children
 
 
-def test_a_sweep_leaves_results_traces_models_and_a_report(tiny_config, tmp_path):
+def test_a_sweep_leaves_results_traces_models_and_a_report(tiny_config, tmp_path, monkeypatch):
     config = tiny_config(baselines={"unconstrained": True, "fixed_weights": [0.2]})
     outcome = run_sweep(config, console=Console(quiet=True))
     # Two groups of one CPU ran side by side on this machine's CPUs: trial drivers and DualServer held none of them.
@@ -74,7 +74,7 @@ def test_a_sweep_leaves_results_traces_models_and_a_report(tiny_config, tmp_path
         (row["dual_step"], row["multipliers"][0]) for row in rows
     ]
 
-    mlflow.set_tracking_uri(outcome.tracking_uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", outcome.tracking_uri)
     models = mlflow.search_logged_models([constrained.info.experiment_id], output_format="list")
     (model,) = [found for found in models if found.source_run_id == constrained.info.run_id]
     loaded = mlflow.pyfunc.load_model(model.model_uri)
@@ -103,7 +103,7 @@ def test_asha_gives_every_cpu_back_and_leaves_no_placement_group(tiny_config):
 def test_the_dual_server_holds_no_cpu_and_is_found_again_after_it_was_killed(tmp_path):
     info = start_ray(num_cpus=1)
     try:
-        server = start_dual_server("calm", tmp_path / "journal.jsonl")
+        server = start_dual_server(tmp_path)
         constraint = Constraint(name="a", unit="share", threshold=0.1)
         problem = Problem(method="fairness", objective="loss", constraints=(constraint,)).to_dict()
         rule = {"rule": "ascent", "step_size": 0.1}
