@@ -107,17 +107,16 @@ def _run(plan: Plan, slots: int, info: ClusterInfo, console: Console) -> Outcome
     watcher.start()
     failed_fit: str | None = None
     halt = Halt()
+    listed = {point["trial_id"] for point in plan.points}
+    searched = [seen["result"] for trial_id, seen in finished.items() if trial_id not in listed]
     try:
         with Progress(watcher, console, title=config.name), _interrupt_handler(halt, watcher, console):
-            if todo or config.thresholds.search is not None:
-                searched = [
-                    seen["result"]
-                    for trial_id, seen in finished.items()
-                    if trial_id not in {p["trial_id"] for p in plan.points}
-                ]
-                failed_fit = _fit(plan, [base, *todo] if base else todo, slots, info, searched, halt)
+            try:
+                if todo or config.thresholds.search is not None:
+                    failed_fit = _fit(plan, [base, *todo] if base else todo, slots, info, searched, halt)
+            finally:
+                watcher.stop()  # its last look comes before the table's last picture
     finally:
-        watcher.stop()
         held = wait_until_free()
         server.shutdown()
     if watcher.error is not None:
