@@ -17,7 +17,6 @@ import yaml
 from rich.console import Console
 
 from dualsweep.orchestration.cluster import (
-    ClusterInfo,
     Held,
     cluster_address,
     leave_repository_root,
@@ -89,12 +88,12 @@ def run_sweep(
                 f"[bold]{config.name}[/]: {len(plan.points)} trials, {slots} at a time on {where}", highlight=False
             )
             console.print(f"  folder   {plan.folder}\n  tracking {plan.tracking_uri}", highlight=False)
-            return _run(plan, slots, info, console)
+            return _run(plan, slots, console)
     finally:
         stop_ray(info)
 
 
-def _run(plan: Plan, slots: int, info: ClusterInfo, console: Console) -> Outcome:
+def _run(plan: Plan, slots: int, console: Console) -> Outcome:
     config = plan.config
     tracker = Tracker(plan.tracking_uri, config.experiment, config.name, sweep_id=str(plan.folder))
     tracker.start_sweep(config.to_dict(), {"dualsweep.method": config.method}, files=[plan.folder / "sweep.yaml"])
@@ -113,7 +112,7 @@ def _run(plan: Plan, slots: int, info: ClusterInfo, console: Console) -> Outcome
         with Progress(watcher, console, title=config.name), _interrupt_handler(halt, watcher, console):
             try:
                 if todo or config.thresholds.search is not None:
-                    failed_fit = _fit(plan, [base, *todo] if base else todo, slots, info, searched, halt)
+                    failed_fit = _fit(plan, [base, *todo] if base else todo, slots, searched, halt)
             finally:
                 watcher.stop()  # its last look comes before the table's last picture
     finally:
@@ -130,7 +129,6 @@ def _fit(
     plan: Plan,
     points: list[dict[str, Any]],
     slots: int,
-    info: ClusterInfo,
     searched: list[dict[str, Any]],
     halt: Halt,
 ) -> str | None:
@@ -148,8 +146,6 @@ def _fit(
         "base_dir": str(plan.base_dir),
         "constraint_names": list(plan.constraint_names),
         "report_every": max(1, dual_steps // MILESTONES),
-        # On one machine the other slots' processors are free while they wait for the pretrained model.
-        "base_threads": config.compute.cpus_per_worker * (slots if info.local else 1),
     }
     search, samples = build_search(config, points, shared, searched, halt)
     # 0 CPU for the trial's own actor: its worker group holds the CPUs. In-process trials hold them themselves.

@@ -16,7 +16,7 @@ POLL_S = 5.0  # how long one wait inside the DualServer lasts before Tune's acto
 
 
 class SweepTrial(tune.Trainable):
-    """See the module. `config`: sweep (the resolved config), folder, report_every, base_threads, base_dir, constraint_names, and the point or searched thresholds."""
+    """See the module. `config`: sweep (the resolved config), folder, report_every, base_dir, constraint_names, and the point or searched thresholds."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.slot = uuid.uuid4().hex[:8]
@@ -24,7 +24,7 @@ class SweepTrial(tune.Trainable):
         self.folder = Path(config["folder"])
         self.server = find_dual_server(self.folder)
         self._hand_over(config)
-        self.group = WorkerGroup(self.slot, self.sweep, self.folder, base_threads=config["base_threads"])
+        self.group = WorkerGroup(self.slot, self.sweep, self.folder)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._hand_over(new_config)

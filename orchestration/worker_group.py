@@ -25,17 +25,16 @@ def train_loop(loop_config: dict[str, Any]) -> None:
         config.to_dict(),
         config.data,
         num_threads=config.compute.cpus_per_worker,
-        base_threads=loop_config["base_threads"],
     )
 
 
 class WorkerGroup:
     """Starts the group in a thread; `error` holds what ended it too early."""
 
-    def __init__(self, slot: str, config: SweepConfig, folder: Path, *, base_threads: int) -> None:
+    def __init__(self, slot: str, config: SweepConfig, folder: Path) -> None:
         self.error: BaseException | None = None
         run = _in_process if config.compute.workers == 0 else _ray_train
-        job = {"slot": slot, "config": config.to_dict(), "folder": str(folder), "base_threads": base_threads}
+        job = {"slot": slot, "config": config.to_dict(), "folder": str(folder)}
         self._thread = threading.Thread(
             target=self._guard, args=(run, job, config, folder), daemon=True, name=f"worker-group-{slot}"
         )

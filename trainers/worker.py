@@ -41,11 +41,8 @@ def serve(
 
     A trial that raises is recorded with its traceback and the group goes on with the next one. With several workers the
     others may be inside a collective call, so the group ends instead, and is restarted by Ray Train.
-
-    Args:
-        num_threads: CPU threads of a trial.
-        base_threads: CPU threads of the pretraining, while the other slots wait for it; default num_threads.
     """
+    torch.set_num_threads(num_threads)
     workspace = Workspace(config, data_spec)
     finished = None
     while True:
@@ -55,7 +52,6 @@ def serve(
         if given[0] is None:
             return
         assignment = Assignment(**given[0])
-        torch.set_num_threads(base_threads or num_threads if assignment.kind == "base" else num_threads)
         try:
             result = run_trial(workspace, assignment, server)
         except Exception as error:  # the trial boundary: whatever it was, it is recorded and the sweep goes on
