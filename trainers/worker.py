@@ -35,7 +35,6 @@ def serve(
     data_spec: DatasetSpec,
     *,
     num_threads: int,
-    base_threads: int | None = None,
 ) -> None:
     """Train assignments until the slot is closed; called by every worker of a group, or in-process without Ray Train.
 
