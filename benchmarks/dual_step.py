@@ -56,7 +56,7 @@ def main() -> None:
         objective="loss",
         constraints=tuple(Constraint(name=name, unit="share", threshold=0.1) for name in names),
     )
-    info = start_ray(num_cpus=2)
+    start_ray(num_cpus=2)
     with tempfile.TemporaryDirectory() as folder:
         server = start_dual_server(Path(folder))
         server.begin(
@@ -107,7 +107,7 @@ def main() -> None:
             measuring.append(seconds(lambda kept=kept: kept.append(measure())))
             dual.append(seconds(lambda kept=kept: dual_step(kept[0])))
         server.shutdown()
-    stop_ray(info)
+    stop_ray()
     overhead = [d / p for d, p in zip(dual, primal, strict=True)]
     sampling = [m / p for m, p in zip(measuring, primal, strict=True)]
     print(f"{interval} primal steps     {spread(primal)}")

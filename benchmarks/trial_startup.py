@@ -58,7 +58,7 @@ def fresh_loop(job: dict) -> None:
 
 
 def fresh(config: SweepConfig, base_dir: Path, folder: Path, trials: int) -> list[float]:
-    info = start_ray(num_cpus=1)
+    start_ray(num_cpus=1)
 
     def trial(point: dict) -> None:
         handed_over = time.time()
@@ -85,7 +85,7 @@ def fresh(config: SweepConfig, base_dir: Path, folder: Path, trials: int) -> lis
         run_config=tune.RunConfig(name="fresh", storage_path=str(folder), verbose=0),
     )
     tuner.fit()
-    stop_ray(info)
+    stop_ray()
     return [float(path.read_text()) for path in sorted(folder.glob("fresh-*.txt"))]
 
 

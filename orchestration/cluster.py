@@ -160,7 +160,7 @@ def _is_autoscaled() -> bool:
     return os.environ.get(AUTOSCALED_VARIABLE, "").lower() in ("1", "true", "yes")
 
 
-def stop_ray(info: ClusterInfo) -> None:
+def stop_ray() -> None:
     """Leave a joined cluster; end a local one."""
     import ray
 

@@ -300,12 +300,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = (), *, envir
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give the path of a sweep's YAML file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of fields at the top, found {type(values).__name__}")
+    values = read_fields(path)
     if environment:
         if os.environ.get(STORAGE_VARIABLE):
             values["storage"] = os.environ[STORAGE_VARIABLE]
@@ -321,6 +316,18 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = (), *, envir
             raise ConfigError(f"override {override!r}: the value {text!r} is not readable as YAML; quote it") from None
         _assign(values, key.strip().split("."), _as_number(value), override)
     return _with_absolute_paths(SweepConfig.from_dict(_as_number(values), source=str(path)))
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The mapping a YAML file holds. Raises: ConfigError naming the file when it holds anything else."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        found = type(values).__name__
+        raise ConfigError(f"{path}: expected a mapping of fields at the top, found {found}; restore the file")
+    return values
 
 
 def _with_absolute_paths(config: SweepConfig) -> SweepConfig:

@@ -108,5 +108,5 @@ def _cluster(address: str | None) -> Finding:
         info = start_ray(address=address)
     except ConfigError as error:
         return Finding(False, "cluster", "no answer", str(error))
-    stop_ray(info)
+    stop_ray()
     return Finding(True, "cluster", f"{info.nodes} nodes, {info.cpus:g} CPUs, {info.gpus:g} GPUs")

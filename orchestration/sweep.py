@@ -26,7 +26,7 @@ from dualsweep.orchestration.cluster import (
     stop_ray,
     wait_until_free,
 )
-from dualsweep.orchestration.config import ConfigError, SweepConfig
+from dualsweep.orchestration.config import ConfigError, SweepConfig, read_fields
 from dualsweep.orchestration.dual_ledger import FINAL
 from dualsweep.orchestration.dual_server import BASE_TRIAL, start_dual_server
 from dualsweep.orchestration.live import Progress
@@ -90,7 +90,7 @@ def run_sweep(
             console.print(f"  folder   {plan.folder}\n  tracking {plan.tracking_uri}", highlight=False)
             return _run(plan, slots, console)
     finally:
-        stop_ray(info)
+        stop_ray()
 
 
 def _run(plan: Plan, slots: int, console: Console) -> Outcome:
@@ -280,13 +280,7 @@ def stored_config(name: str, storage: Path) -> SweepConfig:
     path = storage / name / "sweep.yaml"
     if not path.is_file():
         raise ConfigError(f"name: no sweep {name!r} in {storage}; `dualsweep status` lists what is there")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of fields; restore the file")
-    return SweepConfig.from_dict(values, source=str(path))
+    return SweepConfig.from_dict(read_fields(path), source=str(path))
 
 
 @contextlib.contextmanager

@@ -25,7 +25,6 @@ class TrialView:
     status: str = "waiting"
     dual_step: int = 0
     dual_steps: int = 0  # in all
-    primal_step: int = 0
     row: dict[str, Any] | None = None
     names: list[str] = field(default_factory=list)
     started: float | None = None
@@ -101,7 +100,6 @@ class Watcher:
                 seen["error"],
             )
             view.names, view.started = seen["names"], seen["started"]
-            view.primal_step = seen["row"]["primal_step"] if seen["row"] else 0
             self._track(trial_id, view, seen)
         self.after_look()
 

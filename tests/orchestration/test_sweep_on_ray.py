@@ -101,7 +101,7 @@ def test_asha_gives_every_cpu_back_and_leaves_no_placement_group(tiny_config):
 
 
 def test_the_dual_server_holds_no_cpu_and_is_found_again_after_it_was_killed(tmp_path):
-    info = start_ray(num_cpus=1)
+    start_ray(num_cpus=1)
     try:
         server = start_dual_server(tmp_path)
         constraint = Constraint(name="a", unit="share", threshold=0.1)
@@ -121,7 +121,7 @@ def test_the_dual_server_holds_no_cpu_and_is_found_again_after_it_was_killed(tmp
             2 * first.multipliers[0], rel=1e-12
         )
     finally:
-        stop_ray(info)
+        stop_ray()
 
 
 def test_a_sweep_in_the_trials_own_processes_with_relaxations_and_relative_losses(tiny_config):
