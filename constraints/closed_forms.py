@@ -1,9 +1,11 @@
-"""Exact multipliers, shares and objectives of min KL(q||p) s.t. KL(q^i||p) <= epsilon_i, drawn beside the trace.
+"""Exact multipliers of training, unlearning and alignment where a formula gives them, drawn beside the trace.
 
-Class restriction: q has mass ``prior[i]`` on class i and q^i is q restricted to it. At multipliers lambda the model
-is the mixture (q + sum_i lambda_i q^i) / (1 + sum lambda), so class i has share
-(prior_i + lambda_i) / (1 + sum lambda) and KL(q^i||p) = -log share. Arrays have one entry a constrained class; the
-rest of q is lumped. Source: methods.md H1.
+Class restriction (fairness, forward-KL unlearning, likelihood ratios): q has mass ``prior[i]`` on class i and q^i is q
+restricted to it. Arrays have one entry a constrained class; the rest of q is lumped. For fairness the model at
+multipliers lambda is (q + sum_i lambda_i q^i) / (1 + sum lambda), so class i has share
+(prior_i + lambda_i) / (1 + sum lambda) and KL(q^i||p) = -log share; unlearning subtracts instead.
+Gaussians of one variance: reverse-KL unlearning, and alignment with a linear reward.
+Source: methods.md H1 to H5, named with each function; composition (H6) is in composition_weights.py.
 """
 
 import numpy as np
@@ -108,6 +110,83 @@ def disjoint_multipliers(epsilon: ArrayLike) -> NDArray[np.float64]:
     return shares / (1 - shares.sum())
 
 
+def forward_kl_unlearning_multipliers(threshold: ArrayLike, prior: ArrayLike) -> NDArray[np.float64]:
+    """Optimal multipliers of min KL(q||p) s.t. KL(q^i||p) >= threshold_i for classes i of q; 0 where it holds by itself.
+
+    The model (q - sum lambda_i q^i) / (1 - sum lambda) leaves an active class the share e^-threshold, with
+    ``lambda_i = prior_i - e^-threshold_i (1 - P) / (1 - E) < prior_i``; P and E are the sums over the active classes.
+
+    Args:
+        threshold: nats, each >= 0; ``-log(share)`` for the largest share a class may keep.
+        prior: mass of each class in q, >= 0, sum <= 1.
+    Raises: ValueError on values out of range or if nothing of q would be left to take the mass.
+    Source: methods.md H3 (discrete).
+    """
+    threshold, prior = _checked(threshold, prior, field="threshold")
+    shares = np.exp(-threshold)
+    # lambda_i = max(0, prior_i - share_i * total) with total = 1 - sum lambda: class i is active where
+    # total < prior_i / share_i. What is taken from one class raises the others, so the largest excess comes first.
+    total = 1.0
+    active_share = active_prior = 0.0
+    for i in np.argsort(-prior / shares, kind="stable"):
+        if total * shares[i] >= prior[i]:
+            break
+        active_share, active_prior = active_share + shares[i], active_prior + prior[i]
+        if active_prior >= 1 - 1e-12:
+            raise ValueError(
+                f"threshold={threshold.tolist()}, prior={prior.tolist()}: every class is to shrink and none is left to "
+                f"take its mass; lower a threshold to keep shares e^-threshold that sum to 1"
+            )
+        total = (1 - active_prior) / (1 - active_share)
+    return np.maximum(prior - shares * total, 0.0)
+
+
+def likelihood_ratio_multiplier(threshold: float, prior: float) -> float:
+    """Optimal multiplier of min KL(p||q) s.t. E_p[r] <= threshold, where r = 1{x in class} / prior, so E_q[r] = 1.
+
+    The class keeps the share ``threshold * prior``.
+
+    Args:
+        threshold: > 0, a ratio to the pretrained model; 1 or more holds by itself.
+        prior: mass of the class in q, in (0, 1).
+    Source: methods.md H4 (discrete ratio form).
+    """
+    threshold = checked_number(threshold, field="threshold", above=0)
+    prior = checked_number(prior, field="prior", above=0, below=1)
+    if threshold >= 1:
+        return 0.0
+    return float(prior * (np.log1p(-threshold * prior) - np.log(threshold) - np.log1p(-prior)))
+
+
+def reverse_kl_gaussian_multiplier(mean_gap: float, std: float, threshold: float) -> float:
+    """Optimal multiplier of min KL(p||q) s.t. KL(p||q^1) >= threshold, for q = N(m_0, std^2) and q^1 = N(m_1, std^2).
+
+    The model is N((m_0 - lambda m_1) / (1 - lambda), std^2): q moves away from q^1.
+
+    Args:
+        mean_gap: m_0 - m_1 in either sign, or the distance of the means in any dimension; not 0.
+        threshold: nats, >= 0; up to KL(q||q^1) = mean_gap^2 / (2 std^2) it holds by itself.
+    Returns: in [0, 1), ``1 - |mean_gap| / (std sqrt(2 threshold))``.
+    Source: methods.md H2.
+    """
+    mean_gap = checked_number(mean_gap, field="mean_gap")
+    distance = checked_number(abs(mean_gap), field="|mean_gap|", above=0)
+    std = checked_number(std, field="std", above=0)
+    radius = std * np.sqrt(2 * checked_number(threshold, field="threshold", at_least=0))
+    return 0.0 if radius <= distance else float(1 - distance / radius)
+
+
+def alignment_gaussian_multiplier(threshold: float, mean: float, std: float) -> float:
+    """Optimal multiplier of min KL(p||q) s.t. E_p[x] >= threshold, for q = N(mean, std^2): the model is N(threshold, std^2).
+
+    Returns: ``(threshold - mean) / std^2``, or 0 where q reaches the threshold by itself.
+    Source: methods.md H5.
+    """
+    threshold = checked_number(threshold, field="threshold")
+    mean, std = checked_number(mean, field="mean"), checked_number(std, field="std", above=0)
+    return max(0.0, (threshold - mean) / std**2)
+
+
 def _check_attainable(shares: NDArray[np.float64], epsilon: NDArray[np.float64]) -> None:
     if shares.sum() >= 1 - 1e-12:
         raise ValueError(
@@ -115,12 +194,14 @@ def _check_attainable(shares: NDArray[np.float64], epsilon: NDArray[np.float64])
         )
 
 
-def _checked(epsilon: ArrayLike, prior: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _checked(
+    epsilon: ArrayLike, prior: ArrayLike, *, field: str = "epsilon"
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     epsilon, prior = np.array(epsilon, dtype=np.float64), np.array(prior, dtype=np.float64)
     if epsilon.ndim != 1 or epsilon.shape != prior.shape:
-        raise ValueError(f"shapes of epsilon and prior are {epsilon.shape}, {prior.shape}; give one entry a class")
+        raise ValueError(f"shapes of {field} and prior are {epsilon.shape}, {prior.shape}; give one entry a class")
     if not (np.isfinite(epsilon).all() and (epsilon >= 0).all()):
-        raise ValueError(f"epsilon={epsilon.tolist()}: give finite thresholds >= 0 in nats")
+        raise ValueError(f"{field}={epsilon.tolist()}: give finite thresholds >= 0 in nats")
     if not ((prior >= 0).all() and prior.sum() <= 1 + 1e-9):  # NaN fails here too
         raise ValueError(f"prior={prior.tolist()}: give masses >= 0 with sum <= 1")
     return epsilon, prior

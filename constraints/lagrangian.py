@@ -1,13 +1,18 @@
 """The Lagrangian and the parts of the Karush-Kuhn-Tucker residual.
 
 With relaxations u the constraint is ``violation <= u``; every part below uses the relaxations of the state it is given.
+
+Composition is a min-max problem, min over p of max_i violation_i(p), written with a level that is minimised too: min
+over p and level of level subject to violation_i(p) <= level. The Lagrangian is level * (1 - sum of multipliers) +
+multipliers @ violation, so the multipliers lie on the simplex, its value is ``multipliers @ violation``, and a
+constraint is held where its violation does not exceed the level.
 """
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from dualsweep.constraints.checks import checked_number, checked_vector
-from dualsweep.constraints.domains import DualDomain, NonNegative
+from dualsweep.constraints.domains import DualDomain, NonNegative, Simplex
 from dualsweep.constraints.multipliers import DualState
 
 
@@ -25,6 +30,34 @@ def lagrangian(objective, multipliers, violation):
     for multiplier, value in zip(multipliers, violation, strict=True):
         total = total + float(multiplier) * value
     return total
+
+
+def min_max_level(
+    multipliers: ArrayLike, violation: ArrayLike, domain: DualDomain | None = None
+) -> NDArray[np.float64] | None:
+    """The level of a min-max problem, ``multipliers @ violation`` over the last axis; None if the domain is no simplex.
+
+    At the minimiser of the Lagrangian it is the dual value, and at the optimum the largest violation.
+    """
+    if not isinstance(domain, Simplex):
+        return None
+    return np.sum(np.asarray(multipliers, dtype=np.float64) * np.asarray(violation, dtype=np.float64), axis=-1)
+
+
+def above_level(
+    multipliers: ArrayLike, violation: ArrayLike, stderr: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """``violation - min_max_level`` and its standard error, for multipliers on the simplex.
+
+    Entry i is ``sum_j (delta_ij - multiplier_j) violation_j``. All may be estimated on the same draws, so the standard
+    error is the bound that holds however they are correlated: ``sum_j |delta_ij - multiplier_j| stderr_j``.
+
+    Args:
+        multipliers, violation, stderr: shape (..., num_constraints).
+    """
+    multipliers, stderr = np.asarray(multipliers, dtype=np.float64), np.asarray(stderr, dtype=np.float64)
+    excess = violation - min_max_level(multipliers, violation, Simplex())[..., None]
+    return excess, (multipliers * stderr).sum(axis=-1, keepdims=True) + (1 - 2 * multipliers) * stderr
 
 
 def infeasibility(violation: ArrayLike, relaxations: ArrayLike = 0.0) -> float:
@@ -53,10 +86,14 @@ def kkt_residual(
 ) -> float:
     """The largest of infeasibility, complementarity residual and stationarity (max norm over the three).
 
+    On the simplex infeasibility counts from the level that the multipliers name.
+
     Args:
         stationarity: gradient norm of the Lagrangian, >= 0.
     Raises: ValueError on a non-finite part.
     """
     stationarity = checked_number(stationarity, field="stationarity", at_least=0)
     complementarity = complementarity_residual(state, violation, domain)
-    return max(infeasibility(violation, state.relaxations), complementarity, stationarity)
+    relaxed = np.asarray(violation, dtype=np.float64) - state.relaxations
+    level = min_max_level(state.multipliers, relaxed, domain)
+    return max(infeasibility(relaxed, 0.0 if level is None else level), complementarity, stationarity)

@@ -3,7 +3,7 @@
 from dualsweep.datasets.constrained_data import ConstrainedData, LabelledSet
 from dualsweep.datasets.gaussians import GaussianMixture
 from dualsweep.datasets.images import BadImageError
-from dualsweep.datasets.spec import DatasetSpec, DatasetSummary, MinoritySpec, build, validate_spec
+from dualsweep.datasets.spec import DatasetSpec, DatasetSummary, MinoritySpec, SetSpec, build, validate_spec
 from dualsweep.datasets.streams import Streams, shard_draw
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "GaussianMixture",
     "LabelledSet",
     "MinoritySpec",
+    "SetSpec",
     "Streams",
     "build",
     "shard_draw",

@@ -1,19 +1,23 @@
-"""What one trial learns from: the imbalanced main set, one set a constraint, and held-out images of both.
+"""What one trial learns from: the main set, one set a constraint, and held-out images of both.
 
-The split is a pure function of (labels, minority classes, keep, held-out fraction, seed). Each class is shuffled by
-its own generator, so cutting one class harder leaves the other classes as they were, and a smaller cut is a subset of a
-larger one.
+The split is a pure function of (labels, minority classes, keep, sets, classes of main, held-out fraction, seed). Each
+class is shuffled by its own generator, so cutting one class harder leaves the other classes as they were, a smaller cut
+is a subset of a larger one, and constraint sets that are not cut leave main as it was.
 """
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dualsweep.datasets.gaussians import GaussianMixture
+
+if TYPE_CHECKING:
+    from dualsweep.datasets.spec import SetSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,19 +45,25 @@ class LabelledSet:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ConstrainedData:
-    """The data of a constrained problem; no image of ``main`` or ``constraints`` is in a held-out set."""
+    """The data of a constrained problem.
 
-    main: LabelledSet  # training images after the minority classes were cut
-    constraints: dict[str, NDArray[np.float32]]  # class name -> its kept training samples
+    No image of ``main`` or ``constraints`` is in a held-out set, with one exception: a set of chosen images
+    (``SetSpec.samples``) is its own held-out set, for there are no other images of its law.
+    """
+
+    main: LabelledSet  # training images of main's classes, after the minority classes were cut
+    constraints: dict[str, NDArray[np.float32]]  # constraint name -> its training samples
     held_out_main: LabelledSet  # other images, classes cut alike, so the law is that of ``main`` up to rounding
-    held_out_constraints: dict[str, NDArray[np.float32]]  # class name -> held-out and not-kept samples
+    held_out_constraints: dict[str, NDArray[np.float32]]  # constraint name -> held-out and not-kept samples
     reference: LabelledSet  # every image there is, uncut and shuffled: for the classifier of the evaluation
-    prior: dict[int, float]  # class index -> its share of ``main``; sums to 1
-    constraint_classes: dict[str, int]  # constraint name -> class index
+    prior: dict[int, float]  # class index -> its share of ``main``, 0 where main leaves it out; sums to 1
+    constraint_classes: dict[str, int]  # constraint name -> class index, for the constraints that are exactly one class
     class_names: tuple[str, ...]
     sample_shape: tuple[int, ...]
     skipped: int = 0  # unreadable images left out; only with on_bad_image="skip"
-    mixture: GaussianMixture | None = None  # the exact law of ``main`` where it is known
+    mixture: GaussianMixture | None = None  # the exact law of ``main`` where it is known: only main's components
+    constraint_mixtures: dict[str, GaussianMixture] = field(default_factory=dict)  # likewise, of each constraint
+    reference_mixture: GaussianMixture | None = None  # every component, numbered as classes are: its posterior labels
 
     @property
     def constraint_names(self) -> tuple[str, ...]:
@@ -84,7 +94,7 @@ class ClassCounts:
     """How many images of one class go where: ``train`` + ``held_out`` <= what there is, ``kept`` <= ``train``."""
 
     train: int  # available for training
-    kept: int  # of those, in ``main``; the rest joins the held-out pool of the class
+    kept: int  # of those, in ``main``; the rest of a class that is cut joins its held-out pool
     held_out: int  # set aside before the cut
     held_out_kept: int  # of those, in ``held_out_main``
 
@@ -136,20 +146,32 @@ def split_by_class(
     seed: int,
     test_source: LabelledSet | None = None,
     skipped: int = 0,
+    main_classes: Collection[int] | None = None,
+    sets: Mapping[str, "SetSpec"] | None = None,
 ) -> ConstrainedData:
-    """Cut the minority classes of a labelled source and set held-out images aside.
+    """Cut the minority classes of a labelled source, gather the constraint sets and set held-out images aside.
 
     Args:
         source: every image of the training source.
         minority: class index -> how much of it is kept (see count_class); one constraint each, in this order.
         held_out: fraction of each class set aside, in (0, 1); unused with a ``test_source``.
         test_source: images of a separate test set; then all of ``source`` is for training.
-    Raises: ValueError naming the class if one of its parts would be empty.
+        main_classes: the classes of ``main``; None: all of them.
+        sets: constraint name -> class indices or rows of ``main``, in the constraints' order; not with a ``minority``.
+            None: one set a minority class.
+    Raises: ValueError naming the class or the set if one of its parts would be empty, and a row that main lacks.
     """
+    classes = np.unique(source.labels).tolist()
+    main_classes = set(classes if main_classes is None else main_classes)
+    groups = {class_names[class_index]: (class_index,) for class_index in minority}
+    groups |= {name: chosen.classes for name, chosen in (sets or {}).items() if chosen.classes is not None}
+    grouped = {class_index for group in groups.values() for class_index in group}
     main, held_out_main = [], []
-    constraints, held_out_constraints = {}, {}
+    pools, held_out_pools = {}, {}  # class index -> what a constraint may train on, what measures it
     test_counts = None if test_source is None else np.bincount(test_source.labels, minlength=len(class_names))
-    for class_index in np.unique(source.labels).tolist():
+    for class_index in classes:
+        if class_index not in main_classes | grouped:
+            continue
         rows = np.flatnonzero(source.labels == class_index)
         rows = rows[np.random.default_rng([seed, class_index]).permutation(len(rows))]
         try:
@@ -168,39 +190,72 @@ def split_by_class(
             test_rows = np.flatnonzero(test_source.labels == class_index)
             order = np.random.default_rng([seed, class_index, 1]).permutation(len(test_rows))
             aside_set = test_source.take(test_rows[order])
-        main.append(kept)
-        held_out_main.append(aside_set.take(np.arange(counts.held_out_kept)))
-        if class_index in minority:
-            name = class_names[class_index]
-            constraints[name] = source.samples[kept]
-            held_out_constraints[name] = np.concatenate([aside_set.samples, source.samples[spare]])
+        if class_index in main_classes:
+            main.append(kept)
+            held_out_main.append(aside_set.take(np.arange(counts.held_out_kept)))
+        if class_index in grouped:
+            pools[class_index] = source.take(kept)
+            held_out_pools[class_index] = _joined([aside_set, source.take(spare)])
     main_set = _shuffled(source.take(np.concatenate(main)), seed)
+    held_out_set = _shuffled(_joined(held_out_main), seed)
+    check_held_out("data.main_classes", len(held_out_set))
+    constraints, held_out_constraints = {}, {}
+    for name in groups if sets is None else sets:
+        if name in groups:
+            constraints[name] = _pooled([pools[class_index] for class_index in groups[name]], seed)
+            held_out_constraints[name] = _pooled([held_out_pools[class_index] for class_index in groups[name]], seed)
+            check_held_out(f"data.sets.{name}.classes", len(held_out_constraints[name]))
+        else:
+            check_rows(name, sets[name].samples, len(main_set))
+            constraints[name] = held_out_constraints[name] = main_set.samples[list(sets[name].samples)]
     everything = source if test_source is None else _joined([source, test_source])
-    ordered = [class_names[class_index] for class_index in minority]
     return ConstrainedData(
         main=main_set,
-        constraints={name: constraints[name] for name in ordered},
-        held_out_main=_shuffled(_joined(held_out_main), seed),
-        held_out_constraints={name: held_out_constraints[name] for name in ordered},
+        constraints=constraints,
+        held_out_main=held_out_set,
+        held_out_constraints=held_out_constraints,
         reference=_shuffled(everything, seed),
-        prior=class_shares(main_set.labels),
-        constraint_classes={class_names[class_index]: class_index for class_index in minority},
+        prior=class_shares(main_set.labels, classes),
+        constraint_classes={name: group[0] for name, group in groups.items() if len(group) == 1},
         class_names=class_names,
         sample_shape=source.samples.shape[1:],
         skipped=skipped,
     )
 
 
-def class_shares(labels: NDArray[np.int64]) -> dict[int, float]:
-    """Class index -> share of the labels, for the classes that occur."""
-    classes, counts = np.unique(labels, return_counts=True)
-    return {int(index): float(count) / len(labels) for index, count in zip(classes, counts, strict=True)}
+def check_rows(name: str, rows: Sequence[int], size: int) -> None:
+    """Refuse rows that a main set of ``size`` samples lacks, and one named twice. Raises: ValueError by field."""
+    seen = set()
+    for position, row in enumerate(rows):
+        where = f"data.sets.{name}.samples[{position}]={row!r}"
+        if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < size:
+            raise ValueError(f"{where} is not a row of the main set: choose whole numbers from 0 to {size - 1}")
+        if row in seen:
+            raise ValueError(f"{where} is given twice: name each row once")
+        seen.add(row)
+
+
+def check_held_out(field: str, count: int) -> None:
+    """Refuse classes of which no image is held out, as a test set without them leaves it. Raises: ValueError."""
+    if count < 1:
+        raise ValueError(f"{field}: data.test_path holds no image of these classes to measure on. Add test images")
+
+
+def class_shares(labels: NDArray[np.int64], classes: Collection[int]) -> dict[int, float]:
+    """Class index -> share of the labels, 0 for a class that does not occur."""
+    counts = np.bincount(labels, minlength=max(classes) + 1)
+    return {class_index: float(counts[class_index]) / len(labels) for class_index in classes}
 
 
 def _joined(parts: list[LabelledSet]) -> LabelledSet:
     return LabelledSet(
         np.concatenate([part.samples for part in parts]), np.concatenate([part.labels for part in parts])
     )
+
+
+def _pooled(parts: list[LabelledSet], seed: int) -> NDArray[np.float32]:
+    # One class is in random order already.
+    return parts[0].samples if len(parts) == 1 else _shuffled(_joined(parts), seed).samples
 
 
 def _shuffled(part: LabelledSet, seed: int) -> LabelledSet:

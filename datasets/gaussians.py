@@ -4,6 +4,7 @@ A variance-preserving diffusion maps a mixture to a mixture, x_t = sqrt(alpha_ba
 means sqrt(alpha_bar) m_k and variances alpha_bar s_k^2 + 1 - alpha_bar, so every formula is the clean one on those.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +56,14 @@ class GaussianMixture:
 
     def component(self, index: int) -> "GaussianMixture":
         """One component as a mixture of its own."""
-        return GaussianMixture(self.means[index][None], self.stds[index][None], np.ones(1))
+        return self.restricted([index])
+
+    def restricted(self, components: Sequence[int]) -> "GaussianMixture":
+        """The law of a sample given that it comes from one of ``components``, in the order given."""
+        chosen = list(components)
+        if chosen == list(range(self.num_components)):
+            return self  # normalising the weights again would move them by a rounding error
+        return GaussianMixture(self.means[chosen], self.stds[chosen], self.weights[chosen])
 
     def noised(self, alpha_bar: float) -> "GaussianMixture":
         """The law of x_t at signal power ``alpha_bar`` in [0, 1]."""

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dualsweep.constraints import GridPoint, grid_point, grid_points, rule_from_config
+from dualsweep.constraints.senses import threshold_sense
 from dualsweep.datasets import DatasetSpec
 
 STORAGE_VARIABLE = "DUALSWEEP_STORAGE"
@@ -140,19 +141,67 @@ class DualConfig(_Section):
         return self
 
 
-class ShareConfig(_Section):
-    """How a share is measured at a dual step: samples of the current model, labelled by a classifier."""
+class MeasureConfig(_Section):
+    """The fresh draws behind a constraint metric at a dual step: samples of the current model, or noised data of a set."""
 
     num_samples: Count = 128
     num_sampling_steps: Count = 10
     window: Count = 2
-    """Dual steps whose samples are pooled into one estimate."""
+    """Dual steps whose draws are pooled into one estimate."""
+
+
+class RewardConfig(_Section):
+    """One reward of `alignment`, standardised by the pretrained model's mean and standard deviation."""
+
+    kind: Literal[
+        "linear", "brightness", "contrast", "local_contrast", "saturation", "colorfulness", "class_probability"
+    ]
+    direction: tuple[float, ...] | None = None
+    """linear: the reward is the inner product with it, one entry a coordinate."""
+    class_name: str | None = None
+    """class_probability: the class whose probability (training classifier) is rewarded."""
+
+
+class FormulationConfig(_Section):
+    """Options of the formulations; each takes its own and refuses the others. Defaults are the formulation's."""
+
+    law: Literal["and", "or"] | None = None
+    """composition: product of the sets' laws (reverse KL) or their mixture (forward KL)."""
+    primal: Literal["none", "distill"] | None = None
+    """composition, unlearn_reverse_kl: move the multipliers alone, or train the weights on the composed law too."""
+    gradient: Literal["policy", "backpropagation"] | None = None
+    """alignment: score-function gradient, or through the sampler (differentiable rewards)."""
+    rewards: dict[str, RewardConfig] | None = None
+    """alignment: one constraint a reward."""
+    num_sampling_steps: Annotated[int, Field(ge=2)] | None = None
+    """alignment, unlearn_likelihood: steps of the stochastic chain that is trained."""
+    levels: Annotated[int, Field(ge=4)] | None = None
+    """Log-SNR levels of divergences and likelihood ratios."""
+    ratio_clip: Positive | None = None
+    """unlearn_likelihood: likelihood ratios above it count as it."""
+    langevin_steps: Annotated[int, Field(ge=0)] | None = None
+    """composition, unlearn_reverse_kl: Langevin corrections at each noise level."""
+    langevin_step_size: Positive | None = None
+    """In units of the variance of the noise at that level."""
+    sampling_levels: Annotated[int, Field(ge=4)] | None = None
+    """Noise levels of the annealed sampler."""
+    pool: Count | None = None
+    """Cached samples of the pretrained model."""
+    gradient_norm: Positive | None = None
+    """unlearn_forward_kl, siss: norm that the gradient of the forget loss is scaled to."""
+    loss_ceiling: Positive | None = None
+    """unlearn_forward_kl, siss: forget losses above it have no gradient."""
+    inputs: Literal["samples", "noise"] | None = None
+    """adaptation: where closeness is measured, noised samples of the pretrained model or pure noise (as published)."""
+    beta: Positive | None = None
+    """duo: inverse temperature of the preference loss."""
 
 
 class ThresholdsConfig(_Section):
-    """What is swept: exactly one of grid, list, random, search. A `loss` threshold may be {factor: f} of the pretrained model's."""
+    """What is swept: exactly one of grid, list, random, search. A threshold in loss, nats or
+    likelihood ratio may be {factor: f} of the pretrained model's value."""
 
-    unit: Literal["share", "loss"] = "share"
+    unit: Literal["share", "loss", "nats", "likelihood_ratio", "reward"] = "share"
     grid: dict[str, Any] | None = None
     list: typing.List[dict[str, Any]] | None = None  # noqa: UP006  (`list` is the field's own name here)
     random: dict[str, Any] | None = None
@@ -230,7 +279,19 @@ class SweepConfig(_Section):
     """A whole sweep."""
 
     name: str
-    method: Literal["fairness"] = "fairness"
+    method: Literal[
+        "fairness",
+        "adaptation",
+        "alignment",
+        "composition",
+        "unlearn_reverse_kl",
+        "unlearn_forward_kl",
+        "unlearn_likelihood",
+        "duo",
+        "esd",
+        "siss",
+    ] = "fairness"
+    formulation: FormulationConfig = FormulationConfig()
     storage: str = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     data: DatasetSpec
@@ -239,7 +300,7 @@ class SweepConfig(_Section):
     pretrain: OptimizerConfig = OptimizerConfig()
     primal: PrimalConfig = PrimalConfig()
     dual: DualConfig = DualConfig(rule="ascent", step_size=0.01)
-    share: ShareConfig = ShareConfig()
+    measure: MeasureConfig = MeasureConfig()
     thresholds: ThresholdsConfig
     baselines: BaselinesConfig = BaselinesConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -259,8 +320,6 @@ class SweepConfig(_Section):
                 f"dual.primal_steps_per_dual_step={self.dual.primal_steps_per_dual_step} is larger than "
                 f"primal.steps={self.primal.steps}: no dual step would ever happen"
             )
-        if self.data.minority is None:
-            raise ValueError("data.minority is missing: method fairness needs the classes that the constraints protect")
         if self.model.kind == "unet" and self.data.dataset == "gaussian_mixture":
             raise ValueError("model.kind=unet needs images: use model.kind=mlp with data.dataset=gaussian_mixture")
         if self.model.kind == "mlp" and self.data.dataset != "gaussian_mixture":
@@ -270,6 +329,18 @@ class SweepConfig(_Section):
     @property
     def experiment(self) -> str:
         return self.tracking.experiment or self.name
+
+    @property
+    def axis(self) -> str:
+        """The threshold axis that stands for every constraint."""
+        if self.method == "alignment":
+            return "rewards"
+        return "minority" if self.data.minority is not None else "sets"
+
+    @property
+    def sense(self) -> str | None:
+        """"<=" or ">=" for every threshold; None: the unit's own."""
+        return threshold_sense(self.method, self.thresholds.unit)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values, complete: what `sweep.yaml` stores and `from_dict` reads back."""
@@ -282,9 +353,14 @@ class SweepConfig(_Section):
         except ValidationError as error:
             raise ConfigError(_describe(error, source)) from None
 
-    def base_key(self) -> str:
-        """Identity of the pretrained model: sweeps that agree on these fields share it."""
+    def base_key(self, streams: typing.Sequence[str] = ("main",)) -> str:
+        """Identity of the pretrained model: sweeps that agree on these fields share it.
+
+        Args:
+            streams: what it learns from (`Method.pretraining_sets`).
+        """
         parts = {k: v for k, v in self.to_dict().items() if k in ("data", "model", "schedule", "pretrain", "seed")}
+        parts["streams"] = list(streams)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -442,7 +518,7 @@ def sweep_points(config: SweepConfig, constraint_names: tuple[str, ...]) -> list
 def expand_grid(config: SweepConfig, constraint_names: tuple[str, ...]) -> list[GridPoint] | None:
     unit = config.thresholds.unit
     try:
-        points = grid_points(config.thresholds.form, {"minority": constraint_names}, unit)
+        points = grid_points(config.thresholds.form, {config.axis: constraint_names}, unit, sense=config.sense)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     form = next(iter(config.thresholds.form))
@@ -465,5 +541,6 @@ def point_for_search(
     config: SweepConfig, constraint_names: tuple[str, ...], thresholds: dict[str, Any]
 ) -> dict[str, Any]:
     """The trial of thresholds that Tune's search algorithm chose, a value an axis."""
-    point = grid_point(thresholds, {"minority": constraint_names}, config.thresholds.unit, path="thresholds.search")
+    groups = {config.axis: constraint_names}
+    point = grid_point(thresholds, groups, config.thresholds.unit, path="thresholds.search", sense=config.sense)
     return _point(point.id, point.label, "constrained", point.thresholds)

@@ -60,7 +60,7 @@ class DualServer:
                         [{"kind": "end", "trial": book.trial_id, "status": "failed", "result": None, "error": error}]
                     )
                 if assignment["trial_id"] != finished and book.status not in FINAL and not self._halting:
-                    if assignment["kind"] == "base" or (Path(assignment["base_dir"]) / "calibration.json").exists():
+                    if assignment["kind"] == "base" or (Path(assignment["base_dir"]) / "base.json").exists():
                         return {**assignment, "attempt": book.attempt + 1}
                     await self._give_up_without_base(assignment["trial_id"])
             await self._wait()

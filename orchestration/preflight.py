@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dualsweep.datasets import validate_spec
+from dualsweep.datasets import DatasetSummary, validate_spec
 from dualsweep.orchestration.cluster import check_fits_locally
 from dualsweep.orchestration.config import ConfigError, SweepConfig, sweep_points
 from dualsweep.orchestration.journal import read_journal
@@ -12,7 +12,7 @@ from dualsweep.orchestration.points import search_settings
 from dualsweep.orchestration.storage import check_writable, storage_root
 from dualsweep.orchestration.tracking import check_tracking, resolve_tracking_uri
 from dualsweep.trainers.loop import newest_checkpoint
-from dualsweep.trainers.methods import METHODS
+from dualsweep.trainers.methods import METHODS, Method
 from dualsweep.trainers.models import check_image_size, load_model
 
 
@@ -43,13 +43,10 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
         check_writable(root)
         tracking_uri = resolve_tracking_uri(config.tracking.uri, root)
         method = METHODS[config.method]
-        if config.thresholds.unit not in method.units:
-            raise ConfigError(
-                f"thresholds.unit={config.thresholds.unit!r}: method {config.method} takes {', '.join(method.units)}"
-            )
+        names = _check_formulation(config, method, summary)
         if config.thresholds.search is not None:
             search_settings(config)
-        points = sweep_points(config, summary.constraint_names)
+        points = sweep_points(config, names)
         if config.model.kind == "unet" and not config.model.pretrained and summary.sample_shape is not None:
             check_image_size(config.model.model_dump(), summary.sample_shape)
         _check_shards(config)
@@ -71,8 +68,28 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
             f"name: sweep {config.name!r} already exists in {root}; go on with it (`dualsweep resume {config.name}`), give another "
             "name (name=...), or let one be found (--fresh-name)"
         )
-    base_dir = root / "bases" / config.base_key()
-    return Plan(config, folder, base_dir, tracking_uri, summary.constraint_names, points)
+    base_dir = root / "bases" / config.base_key(method.pretraining_sets(summary.constraint_names))
+    return Plan(config, folder, base_dir, tracking_uri, names, points)
+
+
+def _check_formulation(config: SweepConfig, method: type[Method], summary: DatasetSummary) -> tuple[str, ...]:
+    """The formulation's own demands on the configuration. Returns: its constraint names. Raises: ValueError."""
+    if config.thresholds.unit not in method.units:
+        raise ValueError(
+            f"thresholds.unit={config.thresholds.unit!r}: method {config.method} takes {', '.join(method.units)}"
+        )
+    values = config.to_dict()
+    given = {key for key, value in values["formulation"].items() if value is not None}
+    foreign = sorted(given - set(method.defaults))
+    if foreign:
+        takes = ", ".join(sorted(method.defaults)) or "no options"
+        raise ValueError(f"formulation.{foreign[0]}: method {config.method} takes {takes}; remove it")
+    if method.needs_sets and not summary.constraint_names:
+        field = "data.minority" if method.group == "minority" else "data.sets"
+        raise ValueError(f"{field} is missing: method {config.method} needs the sets that its constraints are about")
+    names = method.constraint_names(summary.constraint_names, method.options(values["formulation"]))
+    method.check(values, names)
+    return names
 
 
 def _check_shards(config: SweepConfig) -> None:
@@ -145,7 +162,7 @@ def first_point(config: SweepConfig, at: list[str]) -> SweepConfig:
                 raise ConfigError(f"--at {text!r}: write it as axis=number, such as minority=0.1")
     else:
         try:
-            points = sweep_points(config, validate_spec(config.data).constraint_names)
+            points = sweep_points(config, _check_formulation(config, METHODS[config.method], validate_spec(config.data)))
         except ValueError as error:
             raise ConfigError(str(error)) from error
         values = next((point["thresholds"] for point in points if point["kind"] == "constrained"), None)

@@ -36,7 +36,8 @@ from dualsweep.orchestration.report import frontier_table, write_report
 from dualsweep.orchestration.schedulers import trial_scheduler
 from dualsweep.orchestration.tracking import Tracker
 from dualsweep.orchestration.watch import Watcher
-from dualsweep.trainers.loop import write_base, write_json
+from dualsweep.trainers.results import write_base
+from dualsweep.trainers.workspace import write_json
 
 KEPT = ("completed", "stopped", "diverged")  # a resume runs the others (failed, interrupted, waiting) again
 MILESTONES = 20  # results a trial gives to Tune's scheduler
@@ -178,7 +179,7 @@ def _fit(
 
 def _base_point(plan: Plan) -> dict[str, Any] | None:
     """The pretraining, unless its result is there: trained by an earlier sweep, or given by the user."""
-    if (plan.base_dir / "calibration.json").exists():
+    if (plan.base_dir / "base.json").exists():
         return None
     return {"trial_id": BASE_TRIAL, "label": "pretrained model", "kind": "base", "thresholds": {}, "fixed_weight": None}
 
@@ -258,21 +259,18 @@ def _write_plan(plan: Plan) -> None:
         part.write_text(text, encoding="utf-8")
         write_json(plan.folder / "points.json", plan.points)
         os.replace(part, plan.folder / "sweep.yaml")
-    if plan.config.model.pretrained and not (plan.base_dir / "calibration.json").exists():
+    if plan.config.model.pretrained and not (plan.base_dir / "base.json").exists():
         adopt_pretrained(plan)
 
 
 def adopt_pretrained(plan: Plan) -> None:
-    """Make a base of the user's own model: a copy of it and its calibration."""
-    from dualsweep.trainers.loop import calibrate
+    """Make a base of the user's own model: a copy of it."""
     from dualsweep.trainers.models import load_model, save_model
     from dualsweep.trainers.workspace import Workspace
 
     workspace = Workspace(plan.config.to_dict(), plan.config.data)
     denoiser = load_model(plan.config.model.pretrained)
-    write_base(
-        plan.base_dir, lambda folder: save_model(denoiser, workspace.schedule, folder), calibrate(workspace, denoiser)
-    )
+    write_base(plan.base_dir, lambda folder: save_model(denoiser, workspace.schedule, folder), workspace.data)
 
 
 def stored_config(name: str, storage: Path) -> SweepConfig:

@@ -12,7 +12,7 @@ from dualsweep.orchestration.dual_server import BASE_TRIAL, RayDual
 from dualsweep.orchestration.preflight import Plan
 from dualsweep.orchestration.trace import write_trace
 from dualsweep.orchestration.tracking import Tracker
-from dualsweep.trainers.loop import write_json
+from dualsweep.trainers.workspace import write_json
 
 INTERVAL_S = 0.5
 

@@ -1,15 +1,9 @@
-"""What is measured once a trial has ended: held-out objective in nats, fresh samples, constraint metrics, histogram."""
-
-from dataclasses import dataclass
-from typing import Any
+"""Held-out denoising errors: log-SNR weighted in nats, to compare models, and plain losses of a set."""
 
 import numpy as np
 import torch
 
-from dualsweep.trainers.labellers import Labeller
-from dualsweep.trainers.metrics import Measurement, loss_measurement, membership_table, share_measurement
 from dualsweep.trainers.noise_schedule import NoiseSchedule
-from dualsweep.trainers.samplers import ddim_sample, starting_noise
 
 EVALUATION_COUNTER = 2**40  # keeps evaluation draws apart from every dual step's
 
@@ -74,61 +68,3 @@ def denoising_losses(
         )
     values = np.concatenate(losses).reshape(len(images), -1).mean(1)
     return np.array([values.sum(), np.square(values).sum(), float(len(values))])
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Everything measured on draws that training never used."""
-
-    objective: float  # KL(q||p) - KL(q||p_base), nats
-    objective_stderr: float
-    measurement: Measurement
-    held_out_errors: np.ndarray  # `weighted_errors` of every held-out sample, to compare runs pair by pair
-    class_counts: list[int]
-    samples: np.ndarray  # a few, for the report's grid
-
-
-def evaluate(
-    denoiser: torch.nn.Module,
-    *,
-    unit: str,
-    classes: list[int],
-    held_out_main: np.ndarray,
-    held_out_constraints: list[np.ndarray],
-    base_errors: np.ndarray,
-    schedule: NoiseSchedule,
-    labeller: Labeller,
-    sample_shape: tuple[int, ...],
-    config: dict[str, Any],
-    seed: int,
-) -> Evaluation:
-    """Held-out evaluation of one model.
-
-    Args:
-        base_errors: `weighted_errors` of the pretrained model on held_out_main with the same seed and levels.
-    """
-    errors = weighted_errors(
-        denoiser, held_out_main, schedule, levels=config["noise_levels"], seed=seed, batch_size=config["batch_size"]
-    )
-    gap = errors - base_errors
-    start = starting_noise(
-        seed=seed, counter=EVALUATION_COUNTER, shards=[0], counts={0: config["num_samples"]}, shape=sample_shape
-    )
-    samples = ddim_sample(
-        denoiser, start, schedule, num_sampling_steps=config["num_sampling_steps"], batch_size=config["batch_size"]
-    ).numpy()
-    weights = labeller.label(samples)
-    if unit == "share":
-        measurement = share_measurement(membership_table(weights, classes))
-    else:
-        rows = [denoising_losses(denoiser, held, schedule, draws=4096, seed=seed) for held in held_out_constraints]
-        measurement = loss_measurement(np.stack([np.array([0.0, 0.0, 1.0]), *rows]))
-    counts = np.bincount(weights.argmax(1), minlength=weights.shape[1])
-    return Evaluation(
-        objective=float(gap.mean()),
-        objective_stderr=float(gap.std(ddof=1) / np.sqrt(len(gap))),
-        measurement=measurement,
-        held_out_errors=errors,
-        class_counts=[int(c) for c in counts],
-        samples=samples[: config["grid_samples"]],
-    )

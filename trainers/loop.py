@@ -1,8 +1,6 @@
 """The one training loop: a trial from its assignment to its result, for every method, on one worker or many."""
 
-import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -11,27 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
-from dualsweep.constraints import Constraint, DualState, Problem, certify, resolved_threshold
-from dualsweep.constraints.closed_forms import (
-    class_restriction_multipliers,
-    class_restriction_objective,
-    resilient_class_restriction_multipliers,
-)
+from dualsweep.constraints import Constraint, Problem, resolved_threshold
+from dualsweep.constraints.senses import threshold_sense
 from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.dual_client import DualClient, Reply
-from dualsweep.trainers.evaluate import Evaluation, denoising_losses, evaluate
-from dualsweep.trainers.methods import METHODS, Method, StreamSums
+from dualsweep.trainers.methods import METHODS, Method, Pretraining, StreamSums
 from dualsweep.trainers.methods.base import make_batch
-from dualsweep.trainers.metrics import Measurement, ShareEstimator, loss_measurement, mean_and_stderr, share_measurement
+from dualsweep.trainers.metrics import Draws, Measurement, loss_measurement, mean_and_stderr, shard_counts
 from dualsweep.trainers.models import save_model
 from dualsweep.trainers.primal import primal_step
+from dualsweep.trainers.results import averaged_multipliers, evaluate_trial, trial_summary, write_base
 from dualsweep.trainers.state import CheckpointError, TrainState, read_checkpoint_meta
-from dualsweep.trainers.workspace import Workspace, read_json
+from dualsweep.trainers.workspace import Workspace
 
 KEPT_CHECKPOINTS = 2
-CALIBRATION_DRAWS = 8192
 
 
 def run_trial(workspace: Workspace, assignment: Assignment, dual: DualClient) -> dict[str, Any] | None:
@@ -56,51 +49,55 @@ class _Trial:
         self.folder = Path(assignment.base_dir if self.is_base else assignment.trial_dir)
         self.unit: str = config["thresholds"]["unit"]
         self.names = workspace.constraint_names if assignment.kind in ("constrained", "fixed_weights") else ()
-        self.method: Method = METHODS[config["method"]](normalize=self.optimizer.get("normalize", True))
         self.fingerprint = assignment.fingerprint(config)
         self.started = time.time()
         self.first_step: float | None = None
 
     def run(self) -> dict[str, Any] | None:
         workspace, config = self.workspace, self.workspace.config
-        base = None if self.is_base else workspace.load_base(Path(self.assignment.base_dir) / "model")
-        calibration = None if self.is_base else read_json(Path(self.assignment.base_dir) / "calibration.json")
-        if calibration is not None and calibration["data"] != workspace.data.fingerprint:
-            raise ValueError(f"{self.assignment.base_dir}: trained on other data than there is now; remove the folder")
+        base = None if self.is_base else workspace.load_base(Path(self.assignment.base_dir))
+        formulation = METHODS[config["method"]]
+        self.method: Method = (Pretraining if self.is_base else formulation)(
+            workspace.setting(self.names, self.optimizer, pretraining=self.is_base)
+        )
         workspace.fill(base)
         workspace.reset_scaler()
         trained, ema = workspace.modules()
         train = TrainState(trained, ema, self.optimizer, workspace.accelerator.scaler)
-        problem = self._problem(calibration)
+        problem = self._problem()
         reply = self._begin(train, problem)
         multipliers = torch.tensor(reply.multipliers, dtype=torch.float32, device=workspace.device)
-        streams = workspace.streams(self.optimizer, self.names, config["seed"])
+        streams = workspace.streams(self.method, self.optimizer, config["seed"])
+        tensors = {name: samples for name, (samples, _) in self.method.streams().items()}
         shards = list(streams.shards_of(workspace.rank, workspace.world_size))
-        shares = self._share_estimator(shards)
         sums = StreamSums(1 + len(self.names), workspace.device)
         interval = config["dual"]["primal_steps_per_dual_step"]
+        steps = 0 if formulation.starts_optimal and not self.names and not self.is_base else self.optimizer["steps"]
         status, grad_norm = "completed", 0.0
         trained.train()
-        while train.primal_step < self.optimizer["steps"]:
-            batch = make_batch(
-                workspace.tensors, streams.draw(train.primal_step, shards), streams.batch_sizes, workspace.device
-            )
-            self.first_step = self.first_step or time.time()
-            norm = primal_step(
-                train,
-                self.method,
-                workspace.schedule,
-                batch,
-                multipliers,
-                accelerator=workspace.accelerator,
-                grad_clip=self.optimizer["grad_clip"],
-                sums=sums,
-            )
-            if math.isfinite(norm):  # an fp16 update that the scaler skipped has none
-                grad_norm = norm
+        while train.primal_step < steps:
+            if self.method.trains:
+                batch = make_batch(
+                    tensors, streams.draw(train.primal_step, shards), streams.batch_sizes, workspace.device
+                )
+                self.first_step = self.first_step or time.time()
+                norm = primal_step(
+                    train,
+                    self.method,
+                    batch,
+                    multipliers,
+                    accelerator=workspace.accelerator,
+                    grad_clip=self.optimizer["grad_clip"],
+                    sums=sums,
+                )
+                if math.isfinite(norm):  # an fp16 update that the scaler skipped has none
+                    grad_norm = norm
+            else:  # dual-only: a primal step is the exact minimiser at these multipliers, nothing to update
+                self.first_step = self.first_step or time.time()
+                train.primal_step += 1
             if train.primal_step % interval:
                 continue
-            measurement = self._measure(train, sums, shares, problem, reply, grad_norm)
+            measurement = self._measure(train, sums, shards, problem, reply, multipliers, grad_norm)
             sums.reset()
             train.dual_step += 1
             reply = self._agree(
@@ -119,31 +116,31 @@ class _Trial:
         if self.is_base:
             return self._finish_base(train)
         if status == "stopped":  # the slot is wanted for the next point: no evaluation, no claim
-            return self._summary(train, reply, status)
+            return self._summary(train, problem, reply, status)
         return self._finish(train, problem, reply)
 
     # -- the problem ---------------------------------------------------------------------------------------------
 
-    def _problem(self, calibration: dict[str, Any] | None) -> Problem:
-        """Thresholds as numbers; fixed-weight runs are measured against the data's own share or the pretrained loss."""
-        config, data = self.workspace.config, self.workspace.data
+    def _problem(self) -> Problem:
+        """Thresholds as numbers; fixed-weight runs are measured against the data's own share or the pretrained metric."""
+        config, data, unit = self.workspace.config, self.workspace.data, self.unit
+        sense = threshold_sense(config["method"], unit)
         constraints = []
         for name in self.names:
             if self.assignment.kind == "constrained":
-                threshold = resolved_threshold(
-                    self.assignment.thresholds[name], self.unit, pretrained=calibration["loss"][name]
-                )
-            else:
+                asked = self.assignment.thresholds[name]
+                pretrained = self.workspace.calibration["metrics"][name] if isinstance(asked, dict) else None
+                threshold = resolved_threshold(asked, unit, pretrained=pretrained)
+            elif unit == "share":
                 # A hair below the prior: if every class is constrained the priors sum to 1, which a problem refuses.
-                threshold = (
-                    (1 - 1e-9) * data.prior[data.constraint_classes[name]]
-                    if self.unit == "share"
-                    else calibration["loss"][name]
-                )
-            constraints.append(Constraint(name=name, unit=self.unit, threshold=threshold, metric=self.unit))
+                threshold = (1 - 1e-9) * data.prior[data.constraint_classes[name]]
+            else:
+                threshold = self.workspace.calibration["metrics"][name]
+                threshold = max(threshold, 0.0) if unit == "nats" else threshold  # an estimate of 0 may fall below it
+            constraints.append(Constraint(name=name, unit=unit, threshold=threshold, metric=unit, sense=sense))
         return Problem(
             method=config["method"],
-            objective="denoising loss on the main set",
+            objective="denoising loss on the main set" if self.is_base else self.method.objective_name,
             constraints=tuple(constraints),
             domain=self.method.domain(constraints),
         )
@@ -181,63 +178,63 @@ class _Trial:
         broadcast_object_list(answer, from_process=0)
         return answer[0]
 
-    # -- primal and dual steps -----------------------------------------------------------------------------------
-
-    def _share_estimator(self, shards: list[int]) -> tuple[ShareEstimator, list[int]] | None:
-        if not self.names or self.unit != "share":
-            return None
-        workspace, share = self.workspace, self.workspace.config["share"]
-        classes = [workspace.data.constraint_classes[name] for name in self.names]
-        estimator = ShareEstimator(
-            workspace.training_labeller,
-            classes,
-            workspace.schedule,
-            num_samples=share["num_samples"],
-            num_sampling_steps=share["num_sampling_steps"],
-            seed=workspace.config["seed"],
-            num_shards=self.optimizer["num_shards"],
-        )
-        return estimator, shards
+    # -- dual steps ----------------------------------------------------------------------------------------------
 
     def _measure(
         self,
         train: TrainState,
         sums: StreamSums,
-        shares: tuple[ShareEstimator, list[int]] | None,
+        shards: list[int],
         problem: Problem,
         reply: Reply,
+        multipliers: torch.Tensor,
         grad_norm: float,
     ) -> dict[str, Any]:
-        """What the dual step sees: stream losses of the primal steps since the last one, and the constraint metrics."""
+        """What the dual step sees: values of the primal steps since the last one, and the constraint metrics."""
         accelerator = self.workspace.accelerator
         table = (accelerator.reduce(sums.table, "sum") if self.workspace.world_size > 1 else sums.table).cpu().numpy()
-        objective, objective_stderr = mean_and_stderr(*table[0])
-        measured = self._pooled_shares(train, *shares) if shares is not None else loss_measurement(table)
-        thresholds = problem.thresholds if self.unit == "loss" else np.zeros(len(self.names))
-        stream_losses = [row[0] / row[2] for row in table[1:]]
+        measured = self._drawn(train, shards, multipliers)
+        in_primal_units = measured is None
+        if measured is None:
+            measured = loss_measurement(table)
+        objective, stderr = measured.objective or mean_and_stderr(*table[0])
+        measured = measured.canonical(problem.constraints)
+        if in_primal_units or measured.objective is not None:
+            terms = np.asarray(measured.metrics) - problem.thresholds
+        else:  # the weighted sum of losses that is minimised; thresholds of another unit are constants of the model
+            terms = table[1:, 0] / table[1:, 2]
         return {
             "primal_step": train.primal_step,
             "wall_time": time.time(),
             "lr": train.lr,
             "grad_norm": grad_norm,
             "objective": objective,
-            "objective_stderr": objective_stderr,
-            # In loss units: thresholds of another unit are constants of the model and left out.
-            "lagrangian": objective + float(np.dot(reply.multipliers, np.asarray(stream_losses) - thresholds)),
+            "objective_stderr": stderr,
+            "lagrangian": objective + float(np.dot(reply.multipliers, terms)),
             "metrics": measured.metrics,
             "metric_stderrs": measured.stderrs,
             "counts": measured.counts,
         }
 
-    def _pooled_shares(self, train: TrainState, estimator: ShareEstimator, shards: list[int]) -> Measurement:
-        workspace = self.workspace
-        _, ema = workspace.modules()
-        table = estimator.table(ema, dual_step=train.dual_step, shards=shards, shape=workspace.data.sample_shape)
+    def _drawn(self, train: TrainState, shards: list[int], multipliers: torch.Tensor) -> Measurement | None:
+        """The method's own draws, pooled over workers and over the last dual steps."""
+        workspace, measure = self.workspace, self.workspace.config["measure"]
+        draws: Draws | None = self.method.measure(
+            workspace.modules()[1],
+            multipliers,
+            counter=train.dual_step,
+            shards=shards,
+            counts=shard_counts(measure["num_samples"], self.optimizer["num_shards"]),
+            num_sampling_steps=measure["num_sampling_steps"],
+        )
+        if draws is None:
+            return None
+        rows = draws.rows
         if workspace.world_size > 1:
-            table = workspace.accelerator.reduce(torch.from_numpy(table).to(workspace.device), "sum").cpu().numpy()
-        window = [*train.extra.get("share_window", []), table.tolist()][-workspace.config["share"]["window"] :]
-        train.extra["share_window"] = window
-        return share_measurement(np.sum(window, axis=0))
+            rows = np.concatenate(gather_object([rows]))
+        window = [*train.extra.get("window", []), rows.tolist()][-measure["window"] :]
+        train.extra["window"] = window
+        return self.method.measurement(np.concatenate(window), multipliers.cpu().numpy())
 
     def _checkpoint(self, train: TrainState, reply: Reply) -> None:
         if self.workspace.rank == 0:
@@ -256,8 +253,8 @@ class _Trial:
         result = None
         if workspace.rank == 0:
             ema = workspace.modules()[1]
-            calibration = calibrate(workspace, ema)
-            write_base(self.folder, lambda folder: save_model(ema, workspace.schedule, folder), calibration)
+            write_base(self.folder, lambda folder: save_model(ema, workspace.schedule, folder), workspace.data)
+            workspace.load_base(self.folder)
             result = {
                 "trial_id": self.assignment.trial_id,
                 "label": self.assignment.label,
@@ -267,162 +264,45 @@ class _Trial:
                 "primal_steps": train.primal_step,
                 "dual_steps": train.dual_step,
                 "wall_seconds": time.time() - self.started,
-                "calibration": calibration,
+                "calibration": workspace.calibration,
             }
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         workspace.accelerator.wait_for_everyone()
         return result
 
     def _finish(self, train: TrainState, problem: Problem, reply: Reply) -> dict[str, Any] | None:
-        workspace, config, data = self.workspace, self.workspace.config, self.workspace.data
         result = None
-        if workspace.rank == 0:
-            ema = workspace.modules()[1]
-            evaluation = evaluate(
-                ema,
-                unit=self.unit,
-                classes=[data.constraint_classes[name] for name in workspace.constraint_names],
-                held_out_main=data.held_out_main.samples,
-                held_out_constraints=list(data.held_out_constraints.values()),
-                base_errors=workspace.base_errors(config["seed"]),
-                schedule=workspace.schedule,
-                labeller=workspace.evaluation_labeller,
-                sample_shape=data.sample_shape,
-                config=config["evaluation"],
-                seed=config["seed"],
+        if self.workspace.rank == 0:
+            result = evaluate_trial(
+                self.workspace,
+                self.method,
+                self._summary(train, problem, reply, "completed"),
+                problem,
+                reply,
+                self._rows(),
+                self.folder,
             )
-            result = self._result(train, problem, reply, evaluation)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / "model", lambda folder: save_model(ema, workspace.schedule, folder))
-            np.save(self.folder / "samples.npy", evaluation.samples.astype(np.float32))
-            np.save(self.folder / "held_out_errors.npy", evaluation.held_out_errors)
-        workspace.accelerator.wait_for_everyone()
+        self.workspace.accelerator.wait_for_everyone()
         return result
 
-    def _summary(self, train: TrainState, reply: Reply, status: str) -> dict[str, Any]:
-        """The part of a result that needs no evaluation."""
-        state = DualState.from_dict(reply.dual_state) if self.names else None
-        exact = self._exact()
-        return {
-            "trial_id": self.assignment.trial_id,
-            "label": self.assignment.label,
-            "kind": self.assignment.kind,
-            "status": status,
-            "error": None,
-            "method": self.workspace.config["method"],
-            "unit": self.unit,
-            "thresholds": self.assignment.thresholds,
-            "fixed_weight": self.assignment.fixed_weight,
-            "multipliers": dict(zip(self.names, reply.multipliers, strict=True)),
-            "averaged_multipliers": self._averaged_multipliers(),
-            "exact_multipliers": dict(zip(self.names, exact.tolist(), strict=True)) if exact is not None else None,
-            "relaxations": dict(zip(self.names, state.relaxations.tolist(), strict=True)) if state else {},
-            "primal_steps": train.primal_step,
-            "dual_steps": train.dual_step,
-            "wall_seconds": time.time() - self.started,
-            "startup_seconds": self.first_step - self.assignment.handed_over
-            if self.first_step and self.assignment.handed_over
-            else None,
-            "objective": None,
-            "exact_objective": class_restriction_objective(exact, self._prior()) if exact is not None else None,
-            "constraints": [],
-            "certificate": None,
-            "histogram": None,
-        }
-
-    def _averaged_multipliers(self) -> dict[str, float]:
-        """Mean over the last third of the dual steps: what noisy multipliers settle around."""
-        if not self.names or self.workspace.rank != 0:
-            return {}
-        rows = self.dual.trace(self.assignment.trial_id)
-        late = [row["multipliers"] for row in rows[-max(1, len(rows) // 3) :]]
-        return dict(zip(self.names, np.mean(late, axis=0).tolist(), strict=True)) if late else {}
-
-    def _result(self, train: TrainState, problem: Problem, reply: Reply, evaluation: Evaluation) -> dict[str, Any]:
-        workspace, config, measurement = self.workspace, self.workspace.config, evaluation.measurement
-        certificate = None
-        if self.assignment.kind == "constrained":
-            certificate = certify(
-                problem,
-                DualState.from_dict(reply.dual_state),
-                problem.violation(measurement.metrics),
-                measurement.stderrs,
-                measurement.counts,
-                tolerance=config["evaluation"]["tolerance"],
-                confidence=config["evaluation"]["confidence"],
-            ).to_dict()
-        classes = range(len(workspace.data.class_names))
-        labeller = workspace.evaluation_labeller
-        return {
-            **self._summary(train, reply, "completed"),
-            "objective": {
-                "value": evaluation.objective,
-                "stderr": evaluation.objective_stderr,
-                "unit": "nats",
-                "meaning": "KL(q||p) above the pretrained model's, on held-out main data",
-            },
-            "constraints": self._constraint_rows(problem, measurement),
-            "certificate": certificate,
-            "histogram": {
-                "classes": [str(name) for name in workspace.data.class_names],
-                "prior": [workspace.data.prior.get(index, 0.0) for index in classes],
-                "counts": evaluation.class_counts,
-                "total": sum(evaluation.class_counts),
-                "classifier": labeller.description,
-                "classifier_accuracy": labeller.accuracy,
-                "classifier_accuracy_count": labeller.accuracy_count,
-            },
-        }
-
-    def _exact(self) -> np.ndarray | None:
-        """The optimal multipliers where a closed form exists: class restrictions asked for in shares (methods.md H1)."""
-        rule = self.workspace.config["dual"]
-        if self.assignment.kind != "constrained" or self.unit != "share":
-            return None
-        epsilon = [-np.log(self.assignment.thresholds[name]) for name in self.names]
-        if rule["rule"] in ("resilient", "resilient_explicit"):
-            return resilient_class_restriction_multipliers(epsilon, self._prior(), rule["relaxation_cost"])
-        return class_restriction_multipliers(epsilon, self._prior())
-
-    def _prior(self) -> list[float]:
-        data = self.workspace.data
-        return [data.prior[data.constraint_classes[name]] for name in self.names]
-
-    def _constraint_rows(self, problem: Problem, measurement: Measurement) -> list[dict[str, Any]]:
-        asked = {c.name: c for c in problem.constraints} if self.assignment.kind == "constrained" else {}
-        rows = []
-        for name, metric, stderr, count in zip(
-            self.workspace.constraint_names, measurement.metrics, measurement.stderrs, measurement.counts, strict=True
-        ):
-            scale = asked.get(name) or Constraint(name=name, unit=self.unit, threshold=0.5)
-            threshold = scale.canonical_threshold if name in asked else None
-            rows.append(
-                {
-                    "name": name,
-                    "unit": self.unit,
-                    "metric": metric,
-                    "metric_stderr": stderr,
-                    "threshold": threshold,
-                    "user_threshold": scale.threshold if name in asked else None,
-                    "user_value": scale.to_user(metric),
-                    "user_stderr": scale.to_user_stderr(metric, stderr),
-                    "violation": metric - threshold if threshold is not None else None,
-                    "stderr": stderr,
-                    "count": count,
-                }
-            )
-        return rows
-
-
-def calibrate(workspace: Workspace, denoiser: torch.nn.Module) -> dict[str, Any]:
-    """The pretrained model's own loss on every constraint set, with standard errors: the scale of relative thresholds."""
-    losses, stderrs = {}, {}
-    for name, samples in workspace.data.constraints.items():
-        row = denoising_losses(
-            denoiser, samples, workspace.schedule, draws=CALIBRATION_DRAWS, seed=workspace.config["seed"]
+    def _summary(self, train: TrainState, problem: Problem, reply: Reply, status: str) -> dict[str, Any]:
+        begun = self.first_step and self.assignment.handed_over
+        return trial_summary(
+            self.workspace,
+            self.method,
+            self.assignment,
+            problem,
+            reply,
+            status=status,
+            averaged=averaged_multipliers(self.names, self._rows()),
+            primal_steps=train.primal_step,
+            dual_steps=train.dual_step,
+            wall_seconds=time.time() - self.started,
+            startup_seconds=self.first_step - self.assignment.handed_over if begun else None,
         )
-        losses[name], stderrs[name] = mean_and_stderr(*row)
-    return {"loss": losses, "loss_stderr": stderrs, "draws": CALIBRATION_DRAWS, "data": workspace.data.fingerprint}
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return self.dual.trace(self.assignment.trial_id) if self.workspace.rank == 0 else []
 
 
 def newest_checkpoint(folder: Path, fingerprint: str | None) -> Path | None:
@@ -441,25 +321,3 @@ def newest_checkpoint(folder: Path, fingerprint: str | None) -> Path | None:
     if problem is not None:
         raise problem
     return None
-
-
-def write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder beside its place and move it there, so that it is whole or absent."""
-    part = folder.with_name(folder.name + f".part{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    write(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
-
-
-def write_base(folder: Path, save: Callable[[Path], None], calibration: dict[str, Any]) -> None:
-    """Model first, calibration last: a base folder counts as complete once calibration.json is there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "model", save)
-    write_json(folder / "calibration.json", calibration)
-
-
-def write_json(path: Path, value: Any) -> None:
-    part = path.with_name(path.name + f".part{os.getpid()}")
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(part, path)

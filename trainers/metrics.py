@@ -1,24 +1,50 @@
-"""Constraint metrics as the dual step sees them, in their canonical units: what is measured, with standard errors."""
+"""Constraint metrics as the dual step sees them: fresh draws, their means and standard errors.
+
+A metric is stated in the natural direction of its unit (-log share in nats, a divergence, a loss, a ratio, a reward);
+`canonical` turns it into the one whose threshold is an upper limit.
+"""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from dualsweep.constraints import Constraint
 from dualsweep.trainers.labellers import Labeller
-from dualsweep.trainers.noise_schedule import NoiseSchedule
-from dualsweep.trainers.samplers import ddim_sample, starting_noise
+from dualsweep.trainers.samplers import starting_noise
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Canonical metric of each constraint, its standard error and the number of draws behind it; shape (num_constraints,)."""
+    """Metric of each constraint, its standard error and the number of draws behind it; shape (num_constraints,).
+
+    `objective` is (value, standard error) where the same draws tell it; otherwise the primal steps do.
+    """
 
     metrics: list[float]
     stderrs: list[float]
     counts: list[int]
+    objective: tuple[float, float] | None = None
+
+    def canonical(self, constraints: Sequence[Constraint]) -> "Measurement":
+        """The same with the sign of every constraint whose metric is wanted large turned."""
+        signs = [canonical_sign(constraint) for constraint in constraints]
+        return replace(self, metrics=[s * m for s, m in zip(signs, self.metrics, strict=True)])
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What one measurement drew: rows (n, k) float64 for the method's own `measurement`, and the samples if there are any."""
+
+    rows: np.ndarray
+    samples: torch.Tensor | None = None
+
+
+def canonical_sign(constraint: Constraint) -> float:
+    """+1 where the natural metric is to stay below its threshold, -1 where above; a share's natural metric is -log share."""
+    return 1.0 if (constraint.sense == ">=") == (constraint.unit == "share") else -1.0
 
 
 def mean_and_stderr(total: float, squares: float, count: float) -> tuple[float, float]:
@@ -29,65 +55,62 @@ def mean_and_stderr(total: float, squares: float, count: float) -> tuple[float, 
 
 
 def loss_measurement(table: np.ndarray) -> Measurement:
-    """From the (num_streams, 3) table of stream sums; the first row is the objective's."""
+    """From the (1 + num_constraints, 3) table of sums over the primal steps; the first row is the objective's."""
     pairs = [mean_and_stderr(*row) for row in table[1:]]
     return Measurement([m for m, _ in pairs], [s for _, s in pairs], [int(row[2]) for row in table[1:]])
 
 
-def share_measurement(table: np.ndarray) -> Measurement:
-    """-log(share) in nats from (num_constraints, 3) sums of membership weights.
+def mean_measurement(rows: np.ndarray) -> Measurement:
+    """Column means of (n, num_constraints) rows with their standard errors."""
+    stderrs = rows.std(axis=0, ddof=1) / math.sqrt(len(rows))
+    return Measurement(rows.mean(axis=0).tolist(), stderrs.tolist(), [len(rows)] * rows.shape[1])
+
+
+def share_measurement(rows: np.ndarray) -> Measurement:
+    """-log(share) in nats from (n, num_constraints) membership weights.
 
     Half a sample is added to either side, so that a class nobody drew has a finite metric: with n draws it reads
     log(2n + 2), which is also the largest violation one estimate can report. The standard error is the delta method's.
     """
     metrics, stderrs, counts = [], [], []
-    for total, squares, count in table:
-        share = (total + 0.5) / (count + 1.0)
-        _, spread = mean_and_stderr(total, squares, count)
+    for weights in rows.T:
+        count = len(weights)
+        share = (weights.sum() + 0.5) / (count + 1.0)
+        _, spread = mean_and_stderr(weights.sum(), np.square(weights).sum(), count)
         none = 0.5 / (count + 1.0)  # no share is known better than one of which nothing was seen
         spread = max(spread, math.sqrt(none * (1 - none) / (count + 1.0)))
-        metrics.append(-math.log(share))
-        stderrs.append(spread / share)
-        counts.append(int(count))
+        metrics.append(float(-math.log(share)))
+        stderrs.append(float(spread / share))
+        counts.append(count)
     return Measurement(metrics, stderrs, counts)
 
 
-class ShareEstimator:
-    """Shares of the classes in samples of the current model, drawn by logical shard.
+def shard_counts(total: int, num_shards: int) -> dict[int, int]:
+    """`total` draws over the logical shards, as evenly as they go."""
+    return {k: total // num_shards + (k < total % num_shards) for k in range(num_shards)}
+
+
+def share_draws(
+    sample: Callable[..., torch.Tensor],
+    denoiser: torch.nn.Module,
+    multipliers: torch.Tensor,
+    labeller: Labeller,
+    classes: Sequence[int],
+    *,
+    seed: int,
+    counter: int,
+    shards: Sequence[int],
+    counts: Mapping[int, int],
+    shape: tuple[int, ...],
+    num_sampling_steps: int,
+) -> Draws:
+    """Membership weights of the model's own samples, drawn by logical shard, float64 (n, num_constraints).
 
     Measured on the model's own samples, a share needs no reference model: for a class restriction KL(q^i||p) is
     -log share_i plus the misfit inside the class, and only the share answers to the multiplier (methods.md H1).
     """
-
-    def __init__(
-        self,
-        labeller: Labeller,
-        classes: Sequence[int],
-        schedule: NoiseSchedule,
-        *,
-        num_samples: int,
-        num_sampling_steps: int,
-        seed: int,
-        num_shards: int,
-    ) -> None:
-        self.labeller, self.classes, self.schedule = labeller, list(classes), schedule
-        self.num_sampling_steps, self.seed = num_sampling_steps, seed
-        self.counts = {k: num_samples // num_shards + (k < num_samples % num_shards) for k in range(num_shards)}
-
-    def table(
-        self, denoiser: torch.nn.Module, *, dual_step: int, shards: Sequence[int], shape: tuple[int, ...]
-    ) -> np.ndarray:
-        """Sums, sums of squares and counts of membership weights over this worker's shards, float64 (num_constraints, 3)."""
-        start = starting_noise(seed=self.seed, counter=dual_step, shards=shards, counts=self.counts, shape=shape)
-        if not len(start):
-            return np.zeros((len(self.classes), 3))
-        samples = ddim_sample(denoiser, start, self.schedule, num_sampling_steps=self.num_sampling_steps)
-        return membership_table(self.labeller.label(samples.numpy()), self.classes)
-
-
-def membership_table(weights: np.ndarray, classes: Sequence[int]) -> np.ndarray:
-    """(sum, sum of squares, count) of the columns `classes` of (n, num_classes) weights."""
-    chosen = weights[:, list(classes)]
-    return np.stack(
-        [chosen.sum(0), np.square(chosen).sum(0), np.full(len(classes), len(weights), dtype=np.float64)], axis=1
-    )
+    start = starting_noise(seed=seed, counter=counter, shards=shards, counts=counts, shape=shape)
+    if not len(start):
+        return Draws(np.zeros((0, len(classes))))
+    samples = sample(denoiser, multipliers, start, num_sampling_steps=num_sampling_steps)
+    return Draws(labeller.label(samples.numpy())[:, list(classes)].astype(np.float64), samples)

@@ -7,7 +7,6 @@ from accelerate import Accelerator
 
 from dualsweep.trainers.methods import Method
 from dualsweep.trainers.methods.base import Batch, StreamSums
-from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.state import TrainState
 
 
@@ -18,7 +17,6 @@ class NonFiniteError(RuntimeError):
 def primal_step(
     train: TrainState,
     method: Method,
-    schedule: NoiseSchedule,
     batch: Batch,
     multipliers: torch.Tensor,
     *,
@@ -30,20 +28,20 @@ def primal_step(
 
     Args:
         multipliers: float32 on the model's device, shape (num_constraints,).
-        sums: collects the per-sample losses for the next dual step.
+        sums: collects the per-sample values for the next dual step.
     Returns: global gradient norm before clipping (stationarity of the Lagrangian); infinite where fp16 gradients
         overflowed and the scaler skips the update.
     Raises: NonFiniteError before the optimizer moves, naming the primal step.
     """
     train.optimizer.zero_grad(set_to_none=True)
     with accelerator.autocast():
-        loss, losses = method.primal_loss(train.denoiser, schedule, batch, multipliers)
+        terms = method.primal_loss(train.denoiser, batch, multipliers)
     # Gradients are averaged over ranks, while the parts of the Lagrangian add up: scale by the number of ranks.
-    accelerator.backward(loss * accelerator.num_processes)
+    accelerator.backward(terms.loss * accelerator.num_processes)
     if accelerator.scaler is not None:
         accelerator.scaler.unscale_(train.optimizer)
     grad_norm = float(accelerator.clip_grad_norm_(train.denoiser.parameters(), grad_clip))
-    value = float(loss.detach())
+    value = float(terms.loss.detach())
     if not math.isfinite(value) or (not math.isfinite(grad_norm) and accelerator.scaler is None):
         train.optimizer.zero_grad(set_to_none=True)
         if accelerator.scaler is not None:
@@ -59,5 +57,5 @@ def primal_step(
         train.optimizer.step()
     train.advance()
     if sums is not None:
-        sums.add(losses, batch.counts)
+        sums.add(terms.values, terms.counts)
     return grad_norm

@@ -3,7 +3,11 @@
 Paid for once a process, so that a trial after the first starts in milliseconds.
 """
 
+import hashlib
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from torch import nn
 from dualsweep.datasets import ConstrainedData, DatasetSpec, Streams, build
 from dualsweep.trainers.evaluate import weighted_errors
 from dualsweep.trainers.labellers import Labeller, evaluation_labeller, training_labeller
+from dualsweep.trainers.methods import METHODS, Method, Setting
 from dualsweep.trainers.models import Denoiser, build_denoiser, load_model
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 
@@ -33,11 +38,17 @@ class Workspace:
         self.device = self.accelerator.device
         self.schedule = NoiseSchedule(**config["schedule"], clip_sample=config["data"]["dataset"] != "gaussian_mixture")
         self.data: ConstrainedData = build(data_spec)
-        self.constraint_names: tuple[str, ...] = tuple(self.data.constraints)
+        self.formulation: type[Method] = METHODS[config["method"]]
+        self.options = self.formulation.options(config["formulation"])
+        self.set_names: tuple[str, ...] = tuple(self.data.constraints)
+        self.constraint_names = self.formulation.constraint_names(self.set_names, self.options)
         self.tensors = {"main": torch.from_numpy(self.data.main.samples).to(self.device)}
         self.tensors |= {name: torch.from_numpy(x).to(self.device) for name, x in self.data.constraints.items()}
         self._modules: tuple[nn.Module, Denoiser] | None = None
         self._base: Denoiser | None = None
+        self._base_dir: Path | None = None
+        self._calibration: dict[str, Any] | None = None
+        self._cache: dict[str, Any] = {}
         self._first_scale: dict[str, Any] | None = None
         self._base_errors: dict[int, np.ndarray] = {}
         self._training_labeller: Labeller | None = None
@@ -79,17 +90,68 @@ class Workspace:
         if pretrained:
             return load_model(pretrained)
         torch.manual_seed(self.config["seed"])
-        return build_denoiser(self.config["model"], self.data.sample_shape, self.schedule)
+        streams = self.formulation.pretraining_sets(self.set_names)
+        conditions = len(streams) if len(streams) > 1 else 0
+        return build_denoiser(self.config["model"], self.data.sample_shape, self.schedule, num_conditions=conditions)
 
     def _to_device(self, module: Denoiser) -> Denoiser:
         memory_format = torch.channels_last if self.config["model"]["channels_last"] else torch.preserve_format
         return module.to(self.device, memory_format=memory_format)
 
     def load_base(self, folder: Path) -> Denoiser:
-        """The pretrained model every trial continues from, loaded once."""
+        """The pretrained model every trial continues from, loaded once.
+
+        Raises: ValueError when it was trained on other data than there is now.
+        """
         if self._base is None:
-            self._base = self._to_device(load_model(folder)).requires_grad_(False)
+            if read_json(folder / "base.json")["data"] != self.data.fingerprint:
+                raise ValueError(f"{folder}: trained on other data than there is now; remove the folder")
+            self._base = self._to_device(load_model(folder / "model")).requires_grad_(False).eval()
+            self._base_dir = folder
         return self._base
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """The pretrained model's own metrics in the sweep's unit, measured once and kept beside the model.
+
+        Keys: unit, and by constraint name metrics (natural direction, see `metrics`), stderrs and counts.
+        """
+        if self._calibration is None:
+            parts = {k: self.config[k] for k in ("method", "formulation", "measure", "seed")}
+            parts["unit"] = self.config["thresholds"]["unit"]
+            digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+            path = self._base_dir / f"calibration-{digest}.json"
+            if not path.is_file():
+                method = self.formulation(self.setting(self.constraint_names, self.config["primal"]))
+                found = method.calibrate()
+                values = {
+                    key: dict(zip(self.constraint_names, getattr(found, key), strict=True))
+                    for key in ("metrics", "stderrs", "counts")
+                }
+                write_json(path, {"unit": parts["unit"], **values})
+            self._calibration = read_json(path)
+        return self._calibration
+
+    def setting(self, names: tuple[str, ...], optimizer: dict[str, Any], *, pretraining: bool = False) -> Setting:
+        """What a formulation with these constraints is built from; `pretraining` narrows the streams to the base model's."""
+        tensors = self.tensors
+        if pretraining:
+            tensors = {name: tensors[name] for name in self.formulation.pretraining_sets(self.set_names)}
+        return Setting(
+            data=self.data,
+            schedule=self.schedule,
+            base=None if pretraining else self._base,
+            names=names,
+            unit=self.config["thresholds"]["unit"],
+            options=self.options,
+            optimizer=optimizer,
+            measure=self.config["measure"],
+            seed=self.config["seed"],
+            device=self.device,
+            tensors=tensors,
+            labeller=lambda: self.training_labeller,
+            cache=self._cache,
+        )
 
     def base_errors(self, seed: int) -> np.ndarray:
         """Held-out errors of the pretrained model, measured once a process and seed."""
@@ -119,18 +181,33 @@ class Workspace:
             self._first_scale = self._first_scale or scaler.state_dict()
             scaler.load_state_dict(self._first_scale)
 
-    def streams(self, optimizer: dict[str, Any], names: tuple[str, ...], seed: int) -> Streams:
-        """Main stream plus one a constraint; batch sizes from the optimizer section."""
-        batch = {"main": optimizer["batch_size"]} | {name: optimizer.get("constraint_batch_size", 0) for name in names}
+    def streams(self, method: Method, optimizer: dict[str, Any], seed: int) -> Streams:
+        """The addressed draws of a method's streams."""
+        given = method.streams()
         return Streams(
-            sizes={name: len(self.tensors[name]) for name in batch},
-            batch_sizes=batch,
+            sizes={name: len(samples) for name, (samples, _) in given.items()},
+            batch_sizes={name: batch_size for name, (_, batch_size) in given.items()},
             seed=seed,
             num_shards=optimizer["num_shards"],
             num_train_timesteps=self.schedule.num_train_timesteps,
-            sample_shape=self.data.sample_shape,
+            sample_shape=method.noise_shape,
         )
 
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    part = path.with_name(path.name + f".part{os.getpid()}")
+    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
+    """Fill a folder beside its place and move it there, so that it is whole or absent."""
+    part = folder.with_name(folder.name + f".part{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    write(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)

@@ -7,13 +7,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dualsweep.datasets import DatasetSpec, MinoritySpec, validate_spec
+from dualsweep.datasets import DatasetSpec, MinoritySpec, SetSpec, validate_spec
 
 MIXTURE = {"dataset": "gaussian_mixture", "means": ((0.0,), (3.0,)), "stds": (1.0, 1.0)}
 
 
 def minority(*classes, **changes):
     return MinoritySpec(classes=classes, **changes)
+
+
+def one_set(**fields):
+    return {"sets": {"near": SetSpec(**fields)}}
 
 
 @pytest.mark.parametrize(
@@ -60,6 +64,69 @@ def minority(*classes, **changes):
 def test_a_bad_field_is_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=message):
         validate_spec(DatasetSpec(**fields))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({**one_set(classes=(1,)), "minority": minority(4)}, "data.minority and data.sets are both given: .* Remove"),
+        ({"main_classes": (1,), "minority": minority(4)}, "data.minority and data.main_classes are both given"),
+        ({"main_classes": ()}, r"data.main_classes=\(\) is empty: name a class, or remove"),
+        ({"main_classes": (1, 10)}, r"data.main_classes\[1\]=10 is not a class .* choose from 0 \(digit_0\)"),
+        ({"main_classes": (True,)}, r"data.main_classes\[0\]=True is not a class"),
+        ({"main_classes": (1, "digit_1")}, r"data.main_classes\[1\]='digit_1' is given twice: name each class once"),
+        ({"sets": {}}, "data.sets={} names no set: give a set a name, or remove data.sets"),
+        ({"sets": ("near",)}, r"data.sets=\('near',\) names no set"),
+        ({"sets": {"near": (1,)}}, r"data.sets.near=\(1,\) is not a set: give its fields"),
+        (
+            {"sets": {" ": SetSpec(classes=(1,))}},
+            r"data.sets\[' '\]: .* must be text that is not empty. Rename the set",
+        ),
+        ({"sets": {4: SetSpec(classes=(1,))}}, r"data.sets\[4\]: a constraint's name must be text"),
+        *[
+            ({"sets": {name: SetSpec(classes=(1,))}}, rf"data.sets\['{name}'\]: a constraint can't be called '{name}'")
+            for name in ("main", "trajectory", "minority", "sets", "rewards")
+        ],
+        (one_set(), r"data.sets.near gives no samples: give exactly one of \('classes', 'samples'\)"),
+        (one_set(stds=(1.0,)), "data.sets.near gives no samples"),
+        (one_set(classes=(1,), samples=(0,)), "data.sets.near gives classes and samples: give exactly one of"),
+        (one_set(classes=()), r"data.sets.near.classes=\(\) is empty: name what is in the set, or remove the set"),
+        (one_set(samples=()), r"data.sets.near.samples=\(\) is empty"),
+        (one_set(classes=(1, "ten")), r"data.sets.near.classes\[1\]='ten' is not a class .* choose from"),
+        (one_set(classes=(1, 1)), r"data.sets.near.classes\[1\]=1 is given twice: name each class once"),
+        (one_set(classes=(1,), weights=(1.0,)), r"data.sets.near.weights=\(1.0,\) belongs to means, .* remove it"),
+        (one_set(samples=(0, 1438)), r"data.sets.near.samples\[1\]=1438 is not a row .* whole numbers from 0 to 1437"),
+        (one_set(samples=(-1,)), r"data.sets.near.samples\[0\]=-1 is not a row"),
+        (one_set(samples=(1.5,)), r"data.sets.near.samples\[0\]=1.5 is not a row"),
+        (one_set(samples=(True,)), r"data.sets.near.samples\[0\]=True is not a row"),
+        (one_set(samples=(3, 3)), r"data.sets.near.samples\[1\]=3 is given twice: name each row once"),
+        ({**one_set(samples=(300,)), "main_classes": (1, 2)}, r"samples\[0\]=300 is not a row .* from 0 to 287"),
+        (one_set(means=((0.0,),), stds=(1.0,)), r"near.means=.* means nothing to data.dataset='digits': give one of"),
+        ({**MIXTURE, **one_set(samples=(1,))}, "near.samples=.* means nothing to data.dataset='gaussian_mixture'"),
+        ({**MIXTURE, **one_set(classes=(1,), means=((0.0,),))}, "data.sets.near gives classes and means"),
+        ({**MIXTURE, **one_set(classes=(2,))}, r"data.sets.near.classes\[0\]=2 is not a class"),
+        ({**MIXTURE, "main_classes": ("far",)}, r"data.main_classes\[0\]='far' is not a class"),
+        ({**MIXTURE, **one_set(means=())}, r"data.sets.near.means=\(\) is empty"),
+        ({**MIXTURE, **one_set(means=((0.0,),))}, "data.sets.near.stds=None: a gaussian_mixture needs it"),
+        ({**MIXTURE, **one_set(means=((0.0,),), stds=(-1.0,))}, "data.sets.near.stds=.*: stds must be > 0"),
+        (
+            {**MIXTURE, **one_set(means=((0.0, 1.0),), stds=(1.0,))},
+            r"data.sets.near.means=\(\(0.0, 1.0\),\) are points of 2 coordinates, data.means of 1: give both as many",
+        ),
+        (
+            {**MIXTURE, "count": 100, **one_set(means=((0.0,), (1.0,)), stds=(1.0, 1.0), weights=(0.999, 0.001))},
+            "data.count=100 leaves a component of weight 0.001 empty. Raise data.count",
+        ),
+    ],
+)
+def test_a_bad_set_is_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message):
+        validate_spec(DatasetSpec(**fields))
+
+
+def test_a_component_too_rare_for_main_may_be_left_out_of_it():
+    fields = {**MIXTURE, "weights": (0.999, 0.001), "count": 100}
+    assert validate_spec(DatasetSpec(**fields, main_classes=(0,))).prior == {0: 1.0, 1: 0.0}
 
 
 def parquet_with(tmp_path, **columns):
@@ -159,3 +226,14 @@ def test_unknown_keys_are_refused_and_a_spec_survives_json():
         DatasetSpec.from_dict({"sise": 8})
     with pytest.raises(ValueError, match=r"data.minority.kept is not a known field"):
         DatasetSpec.from_dict({"minority": {"classes": [1], "kept": 3}})
+    with pytest.raises(ValueError, match=r"data.sets.near.class is not a known field: known are \['classes', 'means'"):
+        DatasetSpec.from_dict({"sets": {"near": {"class": [1]}}})
+
+
+def test_sets_survive_json():
+    own = SetSpec(means=((0.0,), (1.0,)), stds=((1.0,), (2.0,)), weights=(0.5, 1.0))
+    spec = DatasetSpec(**MIXTURE, main_classes=(1, "component_0"), sets={"b": own, "a": SetSpec(classes=(0,))})
+    restored = DatasetSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
+    assert restored == spec and list(restored.sets) == ["b", "a"]
+    spec = DatasetSpec(sets={"picked": SetSpec(samples=(1, 2))})
+    assert DatasetSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec

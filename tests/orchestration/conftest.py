@@ -15,7 +15,7 @@ TINY = {
     "pretrain": {"steps": 12, "batch_size": 16, "warmup_steps": 2, "num_shards": 2},
     "primal": {"steps": 24, "batch_size": 16, "constraint_batch_size": 4, "warmup_steps": 2, "num_shards": 2},
     "dual": {"rule": "ascent", "step_size": 0.02, "primal_steps_per_dual_step": 2},
-    "share": {"num_samples": 16, "num_sampling_steps": 2},
+    "measure": {"num_samples": 16, "num_sampling_steps": 2},
     "thresholds": {"unit": "share", "grid": {"minority": [0.1, 0.2]}},
     "evaluation": {"num_samples": 64, "num_sampling_steps": 4, "noise_levels": 8},
     "checkpoint_every_dual_steps": 3,

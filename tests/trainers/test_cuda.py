@@ -27,7 +27,7 @@ def config(precision: str, **model) -> SweepConfig:
             "pretrain": {**optimizer, "steps": 30},
             "primal": {**optimizer, "steps": 40, "constraint_batch_size": 8},
             "dual": {"rule": "ascent", "step_size": 0.02, "primal_steps_per_dual_step": 5},
-            "share": {"num_samples": 32, "num_sampling_steps": 4},
+            "measure": {"num_samples": 32, "num_sampling_steps": 4},
             "thresholds": {"unit": "share", "grid": {"minority": [0.2]}},
             "evaluation": {"num_samples": 64, "num_sampling_steps": 4, "noise_levels": 8},
             "compute": {"workers": 1, "gpus_per_worker": 1},

@@ -33,7 +33,7 @@ SHARED = {
         "ema_decay": 0.5,
     },
     "dual": {"rule": "ascent", "step_size": 0.05, "primal_steps_per_dual_step": 2, "smoothing": 0.5},
-    "share": {"num_samples": 24, "num_sampling_steps": 4, "window": 2},
+    "measure": {"num_samples": 24, "num_sampling_steps": 4, "window": 2},
     "evaluation": {"num_samples": 48, "num_sampling_steps": 4, "noise_levels": 6, "grid_samples": 9},
     "checkpoint_every_dual_steps": 2,
 }

@@ -23,7 +23,7 @@ CONFIG = SweepConfig.from_dict(
         "pretrain": {"steps": 4, "batch_size": 16, "warmup_steps": 1},
         "primal": {"steps": 4, "batch_size": 16, "warmup_steps": 1},
         "dual": {"rule": "ascent", "step_size": 0.05, "primal_steps_per_dual_step": 2},
-        "share": {"num_samples": 16, "num_sampling_steps": 2},
+        "measure": {"num_samples": 16, "num_sampling_steps": 2},
         "evaluation": {"num_samples": 16, "num_sampling_steps": 2, "noise_levels": 4},
         "thresholds": {"unit": "share", "grid": {"minority": [0.3]}},
     }

@@ -5,42 +5,77 @@ noise prediction of the mixture ``(q + sum_i lambda_i q^i) / (1 + sum_i lambda_i
 Source: Khalafi, Ding and Ribeiro, Constrained Diffusion Models via Dual Training, NeurIPS 2024, Algorithm 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
-from dualsweep.constraints import Constraint, DualDomain, NonNegative
-from dualsweep.trainers.methods.base import Batch
+from dualsweep.constraints import Constraint
+from dualsweep.constraints.closed_forms import (
+    class_restriction_multipliers,
+    class_restriction_objective,
+    class_restriction_shares,
+    resilient_class_restriction_multipliers,
+)
+from dualsweep.trainers.methods.base import Batch, Method, PrimalTerms
+from dualsweep.trainers.methods.denoising import denoising_terms
+from dualsweep.trainers.oracles import Oracle
 
 
-class Fairness:
+class Fairness(Method):
     name = "fairness"
     units = ("share", "loss")
+    group = "minority"
 
-    def __init__(self, *, normalize: bool = True) -> None:
-        self.normalize = normalize
-
-    def domain(self, constraints: Sequence[Constraint]) -> DualDomain:
-        return NonNegative()
-
-    def primal_loss(
-        self, denoiser: torch.nn.Module, schedule, batch: Batch, multipliers: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All streams in one forward; the weight of a sample is its stream's multiplier over its stream's global count.
-
-        Args:
-            multipliers: float32, shape (num_constraints,).
-        Returns: scalar to differentiate (a sum over this worker's samples: parts add up to the global Lagrangian,
-            divided by ``1 + sum(multipliers)`` if `normalize`), and per-sample mean squared errors, shape (batch,).
-        """
-        x_t = schedule.add_noise(batch.x_0, batch.noise, batch.timestep)
-        error = denoiser(x_t, batch.timestep).float() - batch.noise
-        losses = error.square().flatten(1).mean(1)
+    def primal_loss(self, denoiser: torch.nn.Module, batch: Batch, multipliers: torch.Tensor) -> PrimalTerms:
         weights = torch.cat([multipliers.new_ones(1), multipliers])
-        if self.normalize:
+        if self.setting.optimizer.get("normalize", True):
             weights = weights / (1.0 + multipliers.sum())
-        repeats = torch.tensor(batch.counts, device=losses.device)
-        per_sample = torch.repeat_interleave(
-            weights / weights.new_tensor(batch.global_counts), repeats, output_size=len(losses)
+        return denoising_terms(denoiser, self.setting.schedule, batch, weights)
+
+    def exact(self, constraints: Sequence[Constraint], rule: Mapping[str, Any]) -> Oracle | None:
+        """Class restrictions asked for in shares (methods.md H1); also for images, whose density nobody knows."""
+        data = self.setting.data
+        if self.setting.unit != "share" or not constraints:
+            return None
+        prior = [data.prior[data.constraint_classes[c.name]] for c in constraints]
+        epsilon = [c.canonical_threshold for c in constraints]
+        if rule["rule"] in ("resilient", "resilient_explicit"):
+            multipliers = resilient_class_restriction_multipliers(epsilon, prior, rule["relaxation_cost"])
+        else:
+            multipliers = class_restriction_multipliers(epsilon, prior)
+        log_density = None
+        if data.mixture is not None:
+            weights = data.mixture.weights.copy()
+            for constraint, multiplier in zip(constraints, multipliers, strict=True):
+                weights[data.constraint_classes[constraint.name]] += multiplier
+            log_density = data.mixture.with_weights(weights).log_density
+        objective = class_restriction_objective(multipliers, prior)
+        metrics = -np.log(class_restriction_shares(multipliers, prior))
+        return Oracle(
+            multipliers=multipliers,
+            objective=objective,
+            metrics=metrics,
+            log_density=log_density,
+            level=None,
+            dual_value=objective + float(multipliers @ (metrics - np.asarray(epsilon))),
         )
-        return torch.dot(losses, per_sample), losses
+
+
+class Pretraining(Method):
+    """The model every trial starts from: plain denoising of main, and of every set under its own condition."""
+
+    name = "pretraining"
+    units = Fairness.units
+
+    def primal_loss(self, denoiser: torch.nn.Module, batch: Batch, multipliers: torch.Tensor) -> PrimalTerms:
+        streams = len(batch.counts)
+        weights = torch.full((streams,), 1.0 / streams, device=batch.x_0.device)
+        conditions = range(streams) if streams > 1 else None
+        terms = denoising_terms(denoiser, self.setting.schedule, batch, weights, conditions=conditions)
+        return PrimalTerms(terms.loss, terms.values, (sum(terms.counts),))
+
+    def streams(self) -> dict[str, tuple[torch.Tensor, int]]:
+        tensors = self.setting.tensors
+        return {name: (tensors[name], self.setting.optimizer["batch_size"]) for name in tensors}
