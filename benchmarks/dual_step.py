@@ -21,9 +21,10 @@ from dualsweep.constraints import Constraint, Problem
 from dualsweep.orchestration.cluster import start_ray, stop_ray
 from dualsweep.orchestration.config import load_config
 from dualsweep.orchestration.dual_server import start_dual_server
-from dualsweep.trainers.methods import Fairness, StreamSums
+from dualsweep.trainers.methods import StreamSums
 from dualsweep.trainers.methods.base import make_batch
-from dualsweep.trainers.metrics import ShareEstimator, share_measurement
+from dualsweep.trainers.methods.fairness import Fairness
+from dualsweep.trainers.metrics import shard_counts
 from dualsweep.trainers.primal import primal_step
 from dualsweep.trainers.state import TrainState
 from dualsweep.trainers.workspace import Workspace
@@ -41,16 +42,13 @@ def main() -> None:
     trained, ema = workspace.modules()
     names = workspace.constraint_names
     train = TrainState(trained, ema, values["primal"])
-    streams = workspace.streams(values["primal"], names, config.seed)
+    method = Fairness(workspace.setting(names, values["primal"]))
+    streams = workspace.streams(method, values["primal"], config.seed)
     shards = list(streams.shards_of(0, 1))
     multipliers = torch.zeros(len(names))
-    method, sums = Fairness(), StreamSums(1 + len(names), workspace.device)
+    sums = StreamSums(1 + len(names), workspace.device)
     interval = config.dual.primal_steps_per_dual_step
-    classes = [workspace.data.constraint_classes[name] for name in names]
-    estimator = ShareEstimator(
-        workspace.training_labeller, classes, workspace.schedule, **{k: values["share"][k] for k in ("num_samples", "num_sampling_steps")},
-        seed=0, num_shards=config.primal.num_shards,
-    )  # fmt: skip
+    counts = shard_counts(values["measure"]["num_samples"], config.primal.num_shards)
     problem = Problem(
         method="fairness",
         objective="loss",
@@ -72,7 +70,6 @@ def main() -> None:
                 primal_step(
                     train,
                     method,
-                    workspace.schedule,
                     batch,
                     multipliers,
                     accelerator=workspace.accelerator,
@@ -81,9 +78,11 @@ def main() -> None:
                 )
 
         def measure():
-            return share_measurement(
-                estimator.table(ema, dual_step=state["dual_step"], shards=shards, shape=workspace.data.sample_shape)
-            )
+            draws = method.measure(
+                ema, multipliers, counter=state["dual_step"], shards=shards, counts=counts,
+                num_sampling_steps=values["measure"]["num_sampling_steps"],
+            )  # fmt: skip
+            return method.measurement(draws.rows, multipliers.numpy())
 
         def dual_step(measured) -> None:
             table = sums.table.cpu().numpy()

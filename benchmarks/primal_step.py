@@ -12,6 +12,7 @@ On a CUDA device the sizes are larger, and bf16 with channels-last and torch.com
 import argparse
 import statistics
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from _harness import closing_line, paired_medians, spread
@@ -19,8 +20,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from dualsweep.datasets import Streams
-from dualsweep.trainers.methods import Fairness
+from dualsweep.trainers.methods import PrimalTerms
 from dualsweep.trainers.methods.base import make_batch
+from dualsweep.trainers.methods.fairness import Fairness
 from dualsweep.trainers.models import build_denoiser
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.primal import primal_step
@@ -36,11 +38,11 @@ OPTIMIZER = {
 }
 
 
-class ReferenceForm:
+class ReferenceForm(Fairness):
     """As the paper's notebook: forward each stream by itself, then sum the weighted losses."""
 
-    def primal_loss(self, denoiser, schedule, batch, multipliers):
-        losses = []
+    def primal_loss(self, denoiser, batch, multipliers):
+        schedule, losses = self.setting.schedule, []
         start = 0
         for count in batch.counts:
             part = slice(start, start + count)
@@ -49,7 +51,7 @@ class ReferenceForm:
             start += count
         means = torch.stack([loss.mean() for loss in losses])
         weights = torch.cat([multipliers.new_ones(1), multipliers]) / (1 + multipliers.sum())
-        return torch.dot(weights, means), torch.cat(losses)
+        return PrimalTerms(torch.dot(weights, means), torch.cat(losses), batch.counts)
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,12 @@ def measure(case: Case, device: torch.device, repeats: int) -> tuple[list[float]
 
         def step():
             batch = make_batch(data, streams.draw(train.primal_step, range(4)), streams.batch_sizes, device)
-            primal_step(train, method, schedule, batch, multipliers, accelerator=accelerator, grad_clip=1.0)
+            primal_step(train, method, batch, multipliers, accelerator=accelerator, grad_clip=1.0)
 
         return step
 
-    fused, reference = stepper(Fairness()), stepper(ReferenceForm())
+    setting = SimpleNamespace(schedule=schedule, optimizer={"normalize": True})  # all that the loss reads
+    fused, reference = stepper(Fairness(setting)), stepper(ReferenceForm(setting))
     for _ in range(3):
         fused(), reference()
     return paired_medians(reference, fused, repeats=repeats)

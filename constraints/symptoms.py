@@ -112,30 +112,24 @@ class _Course:
         return float(self.stderr.mean())
 
     @property
-    def line(self) -> tuple[float, NDArray[np.float64]]:
-        """Change over all rows along a fitted line, and what the line leaves over."""
-        place = np.arange(len(self.values)) - (len(self.values) - 1) / 2
-        slope = float(place @ self.values / (place @ place))
-        return slope * (len(place) - 1), self.values - self.values.mean() - slope * place
-
-    @property
     def scatter(self) -> float:
         """Standard deviation about the fitted line."""
-        return math.sqrt(float(np.sum(self.line[1] ** 2)) / (len(self.values) - 2))
+        return math.sqrt(float(np.sum(_line(self.values)[1] ** 2)) / (len(self.values) - 2))
 
     @property
     def change(self) -> tuple[float, float]:
         """Change over all rows along a fitted line, and its standard error.
 
-        The scatter about the line is at least the reported noise; its correlation of lag 1 widens it as for an
-        autoregressive process. A fitted line takes about (2 + 4 * correlation) / count off that correlation.
+        From the scatter about the line or the reported noise, whichever gives more. The correlation of lag 1 of what
+        is left over widens it as for an autoregressive process; a fitted line takes about (2 + 4 * correlation) /
+        count off that correlation. Noise of a known spread moves no line by more than the difference of two rows.
         """
-        count, (change, left) = len(self.values), self.line
+        count, (change, left) = len(self.values), _line(self.values)
         squares = float(left @ left)
         correlation = float(left[1:] @ left[:-1]) / squares if squares > 0 else 0.0
         correlation = min(max(correlation + (2 + 4 * correlation) / count, 0.0), 0.95)
-        scatter = max(self.scatter, self.noise) * math.sqrt((1 + correlation) / (1 - correlation))
-        return change, scatter * math.sqrt(12 * (count - 1) / (count * (count + 1)))
+        wide = math.sqrt((1 + correlation) / (1 - correlation) * 12 * (count - 1) / (count * (count + 1)))
+        return change, max(wide * self.scatter, min(wide, math.sqrt(2)) * self.noise)
 
     @property
     def span(self) -> str:
@@ -151,15 +145,10 @@ class _ConstraintCourse(_Course):
     metrics: NDArray[np.float64]
 
     @property
-    def limit(self) -> float:
-        """Half-width of what noise and round-off make of a violation of 0, averaged over any correlated rows."""
-        return BEYOND * self.noise + ROUND_OFF * max(1.0, float(np.abs(self.metrics).mean()))
-
-    @property
     def rise(self) -> float:
         """Change of the multiplier along a fitted line relative to its mean; 0 where it is zero throughout."""
         mean = float(self.multipliers.mean())
-        return _Course(self.steps, self.multipliers, self.stderr).line[0] / mean if mean > 0 else 0.0
+        return _line(self.multipliers)[0] / mean if mean > 0 else 0.0
 
     def stands(self, tolerance: float) -> bool:
         """Violated beyond noise and ``tolerance`` throughout, and not on its way down."""
@@ -167,7 +156,12 @@ class _ConstraintCourse(_Course):
         fall, stderr = -self.change[0], self.change[1]
         falling = fall > 2 * stderr and fall >= FALL * mean
         violated = float((self.values > tolerance + self.stderr).mean())
-        return mean > tolerance + self.limit and violated >= THROUGHOUT and not falling
+        limit = self.limit(max(self.noise, self.scatter))  # rows may wander further than they report
+        return mean > tolerance + limit and violated >= THROUGHOUT and not falling
+
+    def limit(self, noise: float) -> float:
+        """What noise (of any correlation) and round-off make of a violation of 0 at most."""
+        return BEYOND * noise + ROUND_OFF * max(1.0, float(np.abs(self.metrics).mean()))
 
 
 def _persistent_violation(course: _ConstraintCourse, tolerance: float) -> str | None:
@@ -204,7 +198,7 @@ def _oscillating_multiplier(course: _ConstraintCourse, tolerance: float) -> str 
     halves = [_root_mean_square(half) for half in np.array_split(late.values, 2)]
     far = np.flatnonzero(np.abs(late.values) > tolerance + 2 * late.stderr)
     turns = far[1:][np.diff(np.sign(late.values[far])) != 0]  # rows where the violation has changed sides
-    swinging = spread > SWING * mean and size > tolerance + late.limit and halves[1] > DYING * halves[0]
+    swinging = spread > SWING * mean and size > tolerance + late.limit(late.noise) and halves[1] > DYING * halves[0]
     if not swinging or len(turns) < 2:
         return None
     period = 2 * float(np.diff(late.steps[turns]).mean())
@@ -220,7 +214,7 @@ def _plateau(course: _ConstraintCourse, tolerance: float) -> str | None:
     violation = float(late.values.mean())
     improvement, stderr = -late.change[0], late.change[1]
     flat = improvement <= 2 * stderr and improvement + 2 * stderr < ANSWER * violation
-    if late.rise < GROWTH or violation <= late.limit / math.sqrt(len(late.steps)) or not flat:
+    if late.rise < GROWTH or violation <= late.limit(late.noise / math.sqrt(len(late.steps))) or not flat:
         return None
     return (
         f"multiplier rose from {late.multipliers[0]:.4g} to {late.multipliers[-1]:.4g} over {late.span} while the metric "
@@ -230,9 +224,9 @@ def _plateau(course: _ConstraintCourse, tolerance: float) -> str | None:
 
 
 def _retention_loss(objective: _Course, constraints: Sequence[_ConstraintCourse]) -> str | None:
-    # a third alone shows too little of noise that is correlated over many rows
-    noise = np.maximum(objective.stderr, objective.late(2, 3).scatter)
-    late = replace(objective, stderr=noise).late(1, 3)
+    if not objective.noise:  # a third alone shows too little of noise that is correlated over many rows
+        objective = replace(objective, stderr=np.full(len(objective.steps), objective.late(2, 3).scatter))
+    late = objective.late(1, 3)
     rise, stderr = late.change
     size = float(np.abs(late.values).mean())
     sure = float(student_quantile(NormalDist().cdf(BEYOND), np.array(len(late.steps) - 1)))
@@ -272,6 +266,13 @@ def _courses(
         _ConstraintCourse(steps, violations[:, i], stderrs[:, i], multipliers[:, i], at_guard[:, i], metrics[:, i])
         for i in range(num_constraints)
     ]
+
+
+def _line(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    """Change over all rows along a fitted line, and what the line leaves over."""
+    place = np.arange(len(values)) - (len(values) - 1) / 2
+    slope = float(place @ values / (place @ place))
+    return slope * (len(values) - 1), values - values.mean() - slope * place
 
 
 def _root_mean_square(values: NDArray[np.float64]) -> float:

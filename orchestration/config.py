@@ -496,6 +496,8 @@ def _section_of(annotation: Any) -> Any:
             if _section_of(option) is not None:
                 return _section_of(option)
         return None
+    if typing.get_origin(annotation) is dict:
+        return _section_of(typing.get_args(annotation)[1])
     return annotation if _is_model(annotation) or is_dataclass(annotation) else None
 
 

@@ -68,7 +68,9 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
             f"name: sweep {config.name!r} already exists in {root}; go on with it (`dualsweep resume {config.name}`), give another "
             "name (name=...), or let one be found (--fresh-name)"
         )
-    base_dir = root / "bases" / config.base_key(method.pretraining_sets(summary.constraint_names))
+    base_dir = root / "bases" / config.base_key(
+        method.pretraining_sets(summary.constraint_names, config.thresholds.unit)
+    )
     return Plan(config, folder, base_dir, tracking_uri, names, points)
 
 
@@ -87,6 +89,12 @@ def _check_formulation(config: SweepConfig, method: type[Method], summary: Datas
     if method.needs_sets and not summary.constraint_names:
         field = "data.minority" if method.group == "minority" else "data.sets"
         raise ValueError(f"{field} is missing: method {config.method} needs the sets that its constraints are about")
+    shapeless = sorted(set(summary.constraint_names) - set(summary.constraint_classes))
+    if config.thresholds.unit == "share" and shapeless:
+        raise ValueError(
+            f"thresholds.unit='share': set {shapeless[0]!r} is not one class, whose share could be counted; name one "
+            "class in data.sets, or use another unit"
+        )
     names = method.constraint_names(summary.constraint_names, method.options(values["formulation"]))
     method.check(values, names)
     return names

@@ -23,9 +23,8 @@ from scipy.special import expit, logsumexp
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 
 Predictor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Integrand = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
-]  # (x_0, timestep, noise) -> one value a row
+# (x_0, timestep, noise) -> one value a row
+Integrand = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 MAX_ROWS = 8192
 EXACT_DIVERGENCE_DIM = 8  # up to here the exact divergence costs at most eight backward passes a level
@@ -191,7 +190,7 @@ def log_likelihood_ratio(
     noise; a repeat then costs two forwards a model and level. At equal cost the variance came out 1.9 to 3.5 times
     smaller than with two independent draws (mixtures in 2 and 1 dimensions).
 
-    The standard errors know the noise only. With `repeats` of 2 or more, each level's variance is that among its repeats
+    The standard errors know the noise only. With `repeats` of 2 or more a level's variance is that among its repeats
     (draws, or antithetic pairs), divided by `repeats`; variances add up over levels because levels share no noise. With
     one repeat a level's variance is estimated from its neighbours: the squared second difference
     (X[k-1] - 2 X[k] + X[k+1])^2 / 6 of the integrand over levels, which cancels a trend linear in the level; curvature
@@ -200,7 +199,7 @@ def log_likelihood_ratio(
     0.3 percent beyond 5. Means over samples are better behaved.
 
     Not in them: the truncation at the schedule's ends, and the quadrature. For mixtures with stds of 0.3 to 0.5 under
-    the linear schedule with T = 1000 their root mean square over samples is 4e-5 to 3e-3 nats from 32 levels on (at most
+    the linear schedule with T = 1000 their root mean square over samples is 4e-5 to 3e-3 nats from 32 levels on (up to
     7e-3, in the tails), 0.05 to 0.09 nats at 8 levels. From 32 levels on it is nearly all the clean end, where half the
     integrand of timestep 0 is missing.
 
@@ -250,9 +249,9 @@ def ode_log_likelihood(
     on. The first step starts at phi = 0, where v = 0 for any smooth density: the result is the density of clean data,
     not of data with the first level's noise.
 
-    Measured on mixtures with stds of 0.3 to 0.5 in 1 and 2 dimensions under the linear schedule with T = 1000: root mean
-    square error over samples 3e-4 to 3e-3 nats at 128 steps, 4e-3 to 3e-2 at 32. What more steps do not remove, up to
-    2e-3, is N(0, I) in place of the noisiest law: samplers start from it too.
+    Measured on mixtures with stds of 0.3 to 0.5 in 1 and 2 dimensions under the linear schedule with T = 1000: root
+    mean square error over samples 3e-4 to 3e-3 nats at 128 steps, 4e-3 to 3e-2 at 32. What more steps do not remove,
+    up to 2e-3, is N(0, I) in place of the noisiest law: samplers start from it too.
 
     Args:
         probes: Rademacher probes of Hutchinson's divergence estimate, fixed along the path and drawn from `seed`; None:
@@ -287,6 +286,7 @@ def _flow(
     timesteps: list[int],
     schedule: NoiseSchedule,
 ) -> torch.Tensor:
+    """`ode_log_likelihood` of one batch; `directions` (k, n, *sample_shape) probe the divergence, `scale` weighs each."""
     x = x_0.detach().clone().double()
     slope, divergence, change = torch.zeros_like(x), x.new_zeros(len(x)), x.new_zeros(len(x))
     angle = 0.0
@@ -323,8 +323,8 @@ def log_normalizer(u_q: ArrayLike, u_p: ArrayLike | None = None) -> tuple[float,
     With both sets, Bennett's acceptance ratio: the root z of
     ``sum over both of sigmoid(log(n_p / n_q) + u - z) = n_p``, the maximum-likelihood estimate from both sets. Its
     standard error is the delta method's, root of (n_q var_q(s) + n_p var_p(s)) over the sum of s (1 - s), with s the
-    sigmoids at the root. With `u_q` alone it is log-mean-exp, standard error std(exp u) / (mean(exp u) sqrt(n)). Neither
-    error can be trusted where the two laws hardly overlap: it only knows the samples it saw.
+    sigmoids at the root. With `u_q` alone it is log-mean-exp, standard error std(exp u) / (mean(exp u) sqrt(n)).
+    Neither error can be trusted where the two laws hardly overlap: it only knows the samples it saw.
 
     Raises: ValueError unless each set is a vector of at least two finite numbers.
     Source: Bennett (1976); Shirts, Bair, Hooker and Pande (2003) for the likelihood form.
@@ -350,24 +350,36 @@ def log_normalizer(u_q: ArrayLike, u_p: ArrayLike | None = None) -> tuple[float,
     return value, math.sqrt(spread) / slope if slope > 0 else math.inf
 
 
-def sample_timesteps(schedule: NoiseSchedule, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Timesteps drawn uniformly in log SNR, with weights whose mean product with a squared gap is the KL in nats.
+def sample_timesteps(
+    schedule: NoiseSchedule, uniforms: torch.Tensor, *, proposal: ArrayLike | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Timesteps for one-draw estimates of a KL, with the weights that make them unbiased.
 
-    ``mean(weight * |noise_p - noise_q|^2)`` over draws is unbiased for the sum over all timesteps with half the log SNR
-    that each stands for as its weight. Timesteps are drawn in proportion to it, so the returned weight is a constant.
+    ``mean(weight * |noise_p - noise_q|^2)`` over draws estimates the sum over all timesteps in which each has half the
+    log SNR that it stands for as its weight, nats. By default timesteps are drawn in proportion to that, uniformly in
+    log SNR, and the weight is a constant. Which proposal varies least depends on the pair: uniform in log SNR beats
+    uniform t where the laws differ in fine detail, and loses where they differ in the proportions of far modes; what a
+    pilot run finds is better than both (benchmarks/timestep_sampling.py).
 
     Args:
         uniforms: the caller's numbers in [0, 1), any shape.
+        proposal: shape (num_train_timesteps,), positive, in proportion to each timestep's probability; ones: uniform t.
     Returns: int64 timesteps and weights, both of that shape and on that device; weights in the precision of `uniforms`.
-    Raises: ValueError if a number lies outside [0, 1).
+    Raises: ValueError if a number lies outside [0, 1), or a proposal is not positive and finite.
     """
     if not bool(((uniforms >= 0) & (uniforms < 1)).all()):
         raise ValueError(f"uniforms must lie in [0, 1), got {float(uniforms.min()):g} to {float(uniforms.max()):g}")
     log_snr = schedule.log_snr
-    edges = np.concatenate([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]])
-    rights = torch.as_tensor((edges[0] - edges[1:]) / (edges[0] - edges[-1]), device=uniforms.device)
-    timestep = torch.searchsorted(rights, uniforms.double(), right=True).clamp(max=schedule.num_train_timesteps - 1)
-    return timestep, torch.full_like(uniforms, 0.5 * (log_snr[0] - log_snr[-1]))
+    shares = 0.5 * -np.diff(np.concatenate([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]]))
+    chances = shares if proposal is None else np.asarray(proposal, dtype=np.float64)
+    if chances.shape != shares.shape or not np.isfinite(chances).all() or (chances <= 0).any():
+        raise ValueError(
+            f"proposal of shape {chances.shape}: give {len(shares)} positive finite numbers, one a timestep"
+        )
+    chances = chances / chances.sum()
+    rights = torch.as_tensor(np.cumsum(chances), device=uniforms.device)
+    timestep = torch.searchsorted(rights, uniforms.double(), right=True).clamp(max=len(shares) - 1)
+    return timestep, torch.as_tensor(shares / chances, device=uniforms.device)[timestep].to(uniforms.dtype)
 
 
 def _level_table(
@@ -379,7 +391,8 @@ def _level_table(
     done = []
     for first in range(0, len(draws), held):
         block = draws[first : first + held]
-        noise = torch.cat([_level_noise(x_0, timestep, seed=seed, repeat=repeat) for repeat, timestep in block])
+        drawn = [_level_noise(x_0.shape, timestep, seed=seed, repeat=repeat) for repeat, timestep in block]
+        noise = torch.from_numpy(np.concatenate(drawn)).to(x_0)
         each = torch.tensor([timestep for _, timestep in block], device=x_0.device).repeat_interleave(len(x_0))
         clean = x_0.repeat(len(block), *[1] * (x_0.ndim - 1))
         parts = zip(*(rows.split(max_rows) for rows in (clean, each, noise)), strict=True)
@@ -387,11 +400,10 @@ def _level_table(
     return torch.cat(done).view(repeats, len(timesteps), len(x_0))
 
 
-def _level_noise(x_0: torch.Tensor, timestep: int, *, seed: int, repeat: int) -> torch.Tensor:
+def _level_noise(shape: tuple[int, ...], timestep: int, *, seed: int, repeat: int) -> np.ndarray:
     """Standard normal noise of one level: row i does not depend on how many rows follow it."""
     generator = np.random.Generator(np.random.Philox(key=[seed, 0xE571], counter=[0, 0, repeat, timestep]))
-    # float32 draws at any precision, so that calls in float32 and in float64 share their noise
-    return torch.from_numpy(generator.standard_normal(x_0.shape, dtype=np.float32)).to(x_0)
+    return generator.standard_normal(shape, dtype=np.float32)  # at any precision of x_0, so that all share their noise
 
 
 def _squared_gap(p: Predictor, q: Predictor, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

@@ -23,14 +23,14 @@ class Labeller:
 
 def training_labeller(data: ConstrainedData) -> Labeller:
     """For the share constraints of a running trial: sees only what the trial may see, the main training set."""
-    if data.mixture is not None:
+    if data.reference_mixture is not None:
         return _posterior(data)
     return _support_vectors(data, train=data.main, test=data.held_out_main, name="SVM on the training images")
 
 
 def evaluation_labeller(data: ConstrainedData, *, seed: int) -> Labeller:
     """For certificates and histograms: trained on half of the balanced real images, judged on the other half; never used in training."""
-    if data.mixture is not None:
+    if data.reference_mixture is not None:
         return _posterior(data)
     reference = data.reference
     first = np.random.default_rng(seed).random(len(reference.labels)) < 0.5
@@ -68,4 +68,4 @@ def _flat(samples: np.ndarray) -> np.ndarray:
 
 
 def _posterior(data: ConstrainedData) -> Labeller:
-    return Labeller(lambda samples: data.mixture.posterior(samples), "exact posterior of the mixture", 1.0, 0)
+    return Labeller(lambda samples: data.reference_mixture.posterior(samples), "exact posterior of the mixture", 1.0, 0)

@@ -133,7 +133,7 @@ class _Trial:
                 threshold = resolved_threshold(asked, unit, pretrained=pretrained)
             elif unit == "share":
                 # A hair below the prior: if every class is constrained the priors sum to 1, which a problem refuses.
-                threshold = (1 - 1e-9) * data.prior[data.constraint_classes[name]]
+                threshold = (1 - 1e-9) * max(data.prior[data.constraint_classes[name]], 1e-6)
             else:
                 threshold = self.workspace.calibration["metrics"][name]
                 threshold = max(threshold, 0.0) if unit == "nats" else threshold  # an estimate of 0 may fall below it

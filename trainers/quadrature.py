@@ -66,23 +66,27 @@ class Grid:
         return values.reshape(*values.shape[:-1], *self.counts)[every_second].reshape(*values.shape[:-1], -1)
 
     def widened(self, log_density: NDArray[np.float64]) -> "Grid | None":
-        """The box moved out by its own width wherever the density reaches a side, at the same number of points; else None.
+        """The box moved out by its own width wherever the density has not died down, at the same number of points; else None.
+
+        At a side the log density must lie ``BOUNDARY_DROP`` below its peak, and fall outwards at every point: where it
+        rises, more of the mass may lie beyond than inside.
 
         Raises: ValueError after ``MOST_WIDENINGS``: the density does not vanish at infinity, or lies very far out.
         """
         table = log_density.reshape(self.counts)
-        low, high, width, open_side = self.low.copy(), self.high.copy(), self.high - self.low, False
+        outwards = np.zeros((2, len(self.counts)))
         for axis in range(len(self.counts)):
-            first, last = (table.take(side, axis).max() > table.max() - BOUNDARY_DROP for side in (0, -1))
-            low[axis] -= first * width[axis]
-            high[axis] += last * width[axis]
-            open_side |= bool(first or last)
-        if not open_side:
+            for end, (side, inner) in enumerate(((0, 1), (-1, -2))):
+                face = table.take(side, axis)
+                alive = face.max() > table.max() - BOUNDARY_DROP or (face > table.take(inner, axis)).any()
+                outwards[end, axis] = alive
+        if not outwards.any():
             return None
         if self.widenings == MOST_WIDENINGS:
             raise ValueError(
                 f"the density does not vanish at the sides of the box {self.low.tolist()}, {self.high.tolist()}"
             )
+        low, high = (self.low, self.high) + np.array([[-1], [1]]) * outwards * (self.high - self.low)
         return replace(self, low=low, high=high, widenings=self.widenings + 1)
 
     def refined(self) -> "Grid":

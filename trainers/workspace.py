@@ -55,6 +55,11 @@ class Workspace:
         self._evaluation_labeller: Labeller | None = None
 
     @property
+    def pretraining_sets(self) -> tuple[str, ...]:
+        """What the pretrained model learns from."""
+        return self.formulation.pretraining_sets(self.set_names, self.config["thresholds"]["unit"])
+
+    @property
     def rank(self) -> int:
         return self.accelerator.process_index
 
@@ -90,7 +95,7 @@ class Workspace:
         if pretrained:
             return load_model(pretrained)
         torch.manual_seed(self.config["seed"])
-        streams = self.formulation.pretraining_sets(self.set_names)
+        streams = self.pretraining_sets
         conditions = len(streams) if len(streams) > 1 else 0
         return build_denoiser(self.config["model"], self.data.sample_shape, self.schedule, num_conditions=conditions)
 
@@ -136,7 +141,7 @@ class Workspace:
         """What a formulation with these constraints is built from; `pretraining` narrows the streams to the base model's."""
         tensors = self.tensors
         if pretraining:
-            tensors = {name: tensors[name] for name in self.formulation.pretraining_sets(self.set_names)}
+            tensors = {name: tensors[name] for name in self.pretraining_sets}
         return Setting(
             data=self.data,
             schedule=self.schedule,

@@ -8,11 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dualsweep.constraints.closed_forms import (
+    alignment_gaussian_multiplier,
     class_restriction_multipliers,
     class_restriction_objective,
     class_restriction_shares,
     disjoint_multipliers,
+    forward_kl_unlearning_multipliers,
+    likelihood_ratio_multiplier,
     resilient_class_restriction_multipliers,
+    reverse_kl_gaussian_multiplier,
 )
 
 PRIOR = [0.06, 0.04]
@@ -30,6 +34,10 @@ def test_the_examples_of_methods_md():
     resilient = resilient_class_restriction_multipliers([0, 0], PRIOR, 0.25)
     assert resilient == pytest.approx([1.8128, 1.8231], abs=5e-5)
     assert class_restriction_shares(resilient, PRIOR) == pytest.approx([0.404, 0.402], abs=5e-4)
+    assert reverse_kl_gaussian_multiplier(-1.5, 0.8, 1.9 * 1.5**2 / (2 * 0.64)) == pytest.approx(0.2745, abs=5e-5)
+    assert forward_kl_unlearning_multipliers([4, 5], [0.2, 0.06]) == pytest.approx([0.1861, 0.05489], abs=5e-5)
+    assert likelihood_ratio_multiplier(0.3, 0.2) == pytest.approx(0.27305, abs=5e-6)
+    assert alignment_gaussian_multiplier(1.4, 0.3, 0.9) == pytest.approx(1.1 / 0.81, abs=1e-12)
 
 
 def test_the_objective_is_the_divergence_of_the_whole_mixture():
@@ -143,3 +151,74 @@ def test_no_constraints_give_an_empty_answer_and_no_cost():
     assert class_restriction_multipliers([], []).shape == (0,)
     assert resilient_class_restriction_multipliers([], [], 0.5).shape == (0,)
     assert class_restriction_objective([], []) == 0.0
+
+
+@given(st.lists(st.floats(0, 8), min_size=3, max_size=3), priors)
+def test_forward_unlearning_multipliers_satisfy_the_kkt_conditions_below_their_caps(threshold, prior):
+    multipliers = forward_kl_unlearning_multipliers(threshold, prior)
+    prior = np.array(prior)
+    assert (multipliers >= 0).all()
+    assert (multipliers < prior)[multipliers > 0].all()
+    shares = (prior - multipliers) / (1 - multipliers.sum())
+    excess = shares - np.exp(-np.array(threshold))  # KL(q^i||p) = -log share_i >= threshold_i
+    assert excess.max() <= 1e-9  # round-off of shares with 1 - sum lambda down to 0.01
+    assert np.abs(excess[multipliers > 0]).max(initial=0) <= 1e-9
+
+
+def test_forgetting_one_class_activates_another_that_gains_from_it():
+    threshold, prior = -np.log([0.1, 0.3]), [0.5, 0.25]
+    assert forward_kl_unlearning_multipliers(threshold[1:], prior[1:])[0] == 0.0
+    multipliers = forward_kl_unlearning_multipliers(threshold, prior)
+    assert (multipliers > 0).all()
+    assert (np.array(prior) - multipliers) / (1 - multipliers.sum()) == pytest.approx([0.1, 0.3], abs=1e-12)
+
+
+def test_the_whole_of_the_data_cannot_be_forgotten_unless_a_class_may_take_it():
+    with pytest.raises(ValueError, match=r"threshold=.*none is left"):
+        forward_kl_unlearning_multipliers([2.0, 2.0], [0.6, 0.4])
+    shares = -np.log([0.5, 0.8])
+    assert forward_kl_unlearning_multipliers(shares, [0.7, 0.3]) == pytest.approx([0.4, 0.0], abs=1e-12)
+
+
+@given(st.floats(0.01, 0.99), st.floats(0.01, 0.99))
+def test_the_ratio_multiplier_leaves_the_class_the_share_asked_for(threshold, prior):
+    multiplier = likelihood_ratio_multiplier(threshold, prior)
+    weights = np.array([prior * math.exp(-multiplier / prior), 1 - prior])  # q e^{-lambda r}
+    assert multiplier > 0
+    assert weights[0] / weights.sum() == pytest.approx(threshold * prior, rel=1e-9)
+
+
+def test_thresholds_that_hold_by_themselves_cost_nothing():
+    assert likelihood_ratio_multiplier(1.0, 0.2) == 0.0
+    assert reverse_kl_gaussian_multiplier(1.5, 0.8, 0.0) == 0.0
+    assert reverse_kl_gaussian_multiplier(1.5, 0.8, 1.5**2 / (2 * 0.64)) == 0.0
+    assert alignment_gaussian_multiplier(0.2, 0.3, 0.9) == 0.0
+    assert forward_kl_unlearning_multipliers([0.5, 1.0], [0.2, 0.1]).tolist() == [0.0, 0.0]
+    assert forward_kl_unlearning_multipliers([], []).shape == (0,)
+
+
+@given(st.floats(-3, 3).filter(lambda gap: abs(gap) > 0.01), st.floats(0.1, 3), st.floats(1.01, 50))
+def test_the_reverse_multiplier_puts_the_model_at_the_threshold(gap, std, factor):
+    threshold = factor * gap**2 / (2 * std**2)
+    multiplier = reverse_kl_gaussian_multiplier(gap, std, threshold)
+    mean = gap / (1 - multiplier)  # (m_0 - lambda m_1) / (1 - lambda) with q at `gap` and q^1 at 0
+    assert mean**2 / (2 * std**2) == pytest.approx(threshold, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: reverse_kl_gaussian_multiplier(0.0, 1.0, 1.0), r"\|mean_gap\|=0"),
+        (lambda: reverse_kl_gaussian_multiplier(1.0, 0.0, 1.0), "std=0"),
+        (lambda: reverse_kl_gaussian_multiplier(1.0, 1.0, -1.0), "threshold=-1"),
+        (lambda: forward_kl_unlearning_multipliers([-1.0], [0.1]), r"threshold=\[-1"),
+        (lambda: forward_kl_unlearning_multipliers([1.0], [0.1, 0.2]), "shapes of threshold"),
+        (lambda: likelihood_ratio_multiplier(0.0, 0.2), "threshold=0"),
+        (lambda: likelihood_ratio_multiplier(0.5, 1.0), "prior=1"),
+        (lambda: alignment_gaussian_multiplier(math.nan, 0.0, 1.0), "threshold=nan"),
+        (lambda: alignment_gaussian_multiplier(1.0, 0.0, -1.0), "std=-1"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

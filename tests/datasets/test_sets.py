@@ -70,6 +70,9 @@ def test_a_pool_of_classes_is_in_random_order():
     # Sorted by class, the first 30 of the 45 would all be of class 0: by chance 1 in 3 * 10^11.
     first = split(SETS).constraints["even"][:30]
     assert 0 < (first >= 72).sum() < 15
+    # Component 2 lies at height 3, seven standard deviations above component 0.
+    for part in (build(MIXTURE).constraints, build(MIXTURE).held_out_constraints):
+        assert 0 < (part["pair"][:100, 1] > 1.5).sum() < 100
 
 
 def test_picked_samples_are_rows_of_main_and_their_own_held_out_set():
@@ -152,11 +155,31 @@ def test_the_fingerprint_tells_sets_apart_and_leaves_plain_data_alone():
     assert build(DatasetSpec(main_classes=tuple(range(10)))).fingerprint == plain
 
 
-def test_rows_are_checked_again_once_unreadable_images_are_left_out(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
+def image_folder(folder, *names):
+    for name in names:
+        (folder / name).mkdir(parents=True)
         for number in range(4):
-            Image.new("L", (4, 4)).save(tmp_path / name / f"{number}.png")
+            Image.new("L", (4, 4)).save(folder / name / f"{number}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"sets": {"new": SetSpec(classes=("b",))}}, "data.sets.new.classes: data.test_path holds no image"),
+        ({"main_classes": ("b",)}, "data.main_classes: data.test_path holds no image of these classes"),
+    ],
+)
+def test_test_images_without_a_class_are_refused_before_anything_is_read(fields, message, tmp_path):
+    paths = {"path": image_folder(tmp_path / "train", "a", "b"), "test_path": image_folder(tmp_path / "test", "a")}
+    with pytest.raises(ValueError, match=message):
+        validate_spec(DatasetSpec(dataset="folder", **paths, **fields))
+    both = DatasetSpec(dataset="folder", **paths, sets={"all": SetSpec(classes=("a", "b"))})
+    assert len(build(both).held_out_constraints["all"]) == 4
+
+
+def test_rows_are_checked_again_once_unreadable_images_are_left_out(tmp_path):
+    image_folder(tmp_path, "a", "b")
     spec = DatasetSpec(
         dataset="folder", path=str(tmp_path), on_bad_image="skip", sets={"last": SetSpec(samples=(0, 5))}
     )

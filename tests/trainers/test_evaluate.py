@@ -1,13 +1,15 @@
 """Held-out evaluation against mixtures whose divergence and denoising loss are known."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from dualsweep.datasets.gaussians import GaussianMixture
-from dualsweep.trainers.evaluate import denoising_losses, evaluate, weighted_errors
-from dualsweep.trainers.labellers import Labeller
+from dualsweep.trainers.evaluate import denoising_losses, weighted_errors
+from dualsweep.trainers.methods.fairness import Fairness
 from dualsweep.trainers.metrics import mean_and_stderr
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 
@@ -117,48 +119,31 @@ def test_the_standard_error_of_a_held_out_loss_counts_the_held_out_samples(exact
     assert covered / repeats > 0.75
 
 
-SETTINGS = {"noise_levels": 16, "batch_size": 128, "num_samples": 600, "num_sampling_steps": 20, "grid_samples": 5}
-
-
-def evaluated(exact_denoiser, held_out, *, unit):
-    labeller = Labeller(lambda x: DATA.posterior(x), "exact posterior", 1.0, 0)
+def test_the_objective_is_the_divergence_above_the_pretrained_models(exact_denoiser, held_out, make_setting):
+    """The default of every formulation whose data are given, on held-out main data."""
+    data = SimpleNamespace(held_out_main=SimpleNamespace(samples=held_out))
+    method = Fairness(make_setting(data=None, schedule=SCHEDULE, seed=4))
+    object.__setattr__(method.setting, "data", data)
     base = weighted_errors(exact_denoiser(DATA, SCHEDULE), held_out, SCHEDULE, levels=16, seed=4)
-    held = [DATA.component(k).sample(400, np.random.default_rng(k))[0].astype(np.float32) for k in (1, 2)]
-    return evaluate(
+    objective = method.objective(
         exact_denoiser(MODEL, SCHEDULE),
-        unit=unit,
-        classes=[1, 2],
-        held_out_main=held_out,
-        held_out_constraints=held,
-        base_errors=base,
-        schedule=SCHEDULE,
-        labeller=labeller,
-        sample_shape=(1,),
-        config=SETTINGS,
-        seed=4,
+        torch.zeros(2),
+        evaluation={"noise_levels": 16, "batch_size": 128},
+        base_errors=lambda: base,
     )
-
-
-def test_an_evaluation_reports_the_divergence_above_the_pretrained_models_and_the_shares(exact_denoiser, held_out):
-    evaluation = evaluated(exact_denoiser, held_out, unit="share")
     # 16 levels: the quadrature's own error is below the standard error; 4 of them, false-alarm rate 6e-5.
-    assert evaluation.objective == pytest.approx(divergence(DATA, MODEL), abs=4 * evaluation.objective_stderr)
-    assert 0 < evaluation.objective_stderr < evaluation.objective
-    for metric, stderr, share in zip(
-        evaluation.measurement.metrics, evaluation.measurement.stderrs, (0.33, 0.33), strict=True
-    ):
-        # 20 DDIM steps of an exact denoiser leave shares within a few per cent; 4 standard errors on top.
-        assert metric == pytest.approx(-math.log(share), abs=0.1 + 4 * stderr)
-    assert evaluation.measurement.counts == [600, 600]
-    assert sum(evaluation.class_counts) == 600 and min(evaluation.class_counts) > 120
-    assert evaluation.samples.shape == (5, 1)
-    assert evaluation.held_out_errors.shape == (800,)
+    assert objective.value == pytest.approx(divergence(DATA, MODEL), abs=4 * objective.stderr)
+    assert 0 < objective.stderr < objective.value
+    assert objective.errors.shape == (800,)
 
 
-def test_a_loss_constraint_is_evaluated_on_its_own_held_out_samples(exact_denoiser, held_out):
-    evaluation = evaluated(exact_denoiser, held_out, unit="loss")
+def test_a_loss_constraint_is_judged_on_its_own_held_out_samples(exact_denoiser, make_setting):
+    held = {f"set{k}": DATA.component(k).sample(400, np.random.default_rng(k))[0].astype(np.float32) for k in (1, 2)}
+    method = Fairness(make_setting(schedule=SCHEDULE, seed=4, names=tuple(held), unit="loss"))
+    object.__setattr__(method.setting, "data", SimpleNamespace(held_out_constraints=held))
     denoiser = exact_denoiser(MODEL, SCHEDULE)
-    for k, metric, stderr in zip((1, 2), evaluation.measurement.metrics, evaluation.measurement.stderrs, strict=True):
+    measurement = method.held_out_measurement(denoiser, torch.zeros(2))
+    for k, metric, stderr in zip((1, 2), measurement.metrics, measurement.stderrs, strict=True):
         points = DATA.component(k).sample(20_000, np.random.default_rng(50 + k))[0].astype(np.float32)
         expected, other = mean_and_stderr(*denoising_losses(denoiser, points, SCHEDULE, draws=20_000, seed=9))
         # 4 standard errors of a set of 400, whose images count too: doubled, since `stderr` may be that of the draws.

@@ -1,5 +1,7 @@
 """The fused fairness loss against its plain form: one forward and one mean squared error a stream (methods.md 1b)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -77,8 +79,14 @@ def gradients(loss, denoiser):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(denoiser.parameters()))])
 
 
+def terms(denoiser, batch, multipliers, *, normalize=True):
+    method = Fairness.__new__(Fairness)  # the loss reads nothing of a setting but these two
+    method.setting = SimpleNamespace(optimizer={"normalize": normalize}, schedule=SCHEDULE)
+    return method.primal_loss(denoiser, batch, multipliers)
+
+
 def fused(denoiser, batch, multipliers, *, normalize=True):
-    return Fairness(normalize=normalize).primal_loss(denoiser, SCHEDULE, batch, multipliers)[0]
+    return terms(denoiser, batch, multipliers, normalize=normalize).loss
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -149,7 +157,9 @@ def test_the_gradient_is_the_slope_of_the_loss():
 
 def test_per_sample_losses_are_means_over_a_samples_entries_and_sum_by_stream():
     denoiser, batch = Nonlinear(), make_batch()
-    _, losses = Fairness().primal_loss(denoiser, SCHEDULE, batch, MULTIPLIERS)
+    found = terms(denoiser, batch, MULTIPLIERS)
+    losses = found.values
+    assert found.counts == COUNTS
     assert losses.shape == (sum(COUNTS),)
     sums = StreamSums(3, torch.device("cpu"))
     for _ in range(2):
@@ -174,11 +184,10 @@ def test_image_shaped_samples_give_the_same_losses_as_flat_ones():
     images = Batch(
         batch.x_0.view(-1, 3, 1, 1), batch.noise.view(-1, 3, 1, 1), batch.timestep, batch.counts, batch.global_counts
     )
-    flat = Fairness().primal_loss(Zero(), SCHEDULE, batch, MULTIPLIERS)
-    shaped = Fairness().primal_loss(Zero(), SCHEDULE, images, MULTIPLIERS)
-    assert torch.equal(flat[0], shaped[0]) and torch.equal(flat[1], shaped[1])
+    flat, shaped = terms(Zero(), batch, MULTIPLIERS), terms(Zero(), images, MULTIPLIERS)
+    assert torch.equal(flat.loss, shaped.loss) and torch.equal(flat.values, shaped.values)
 
 
-def test_fairness_keeps_multipliers_non_negative_and_is_found_by_its_name():
+def test_fairness_keeps_multipliers_non_negative_and_is_found_by_its_name(make_setting):
     assert METHODS["fairness"] is Fairness
-    assert Fairness().domain([]).project([-1.0, 2.0]).tolist() == [0.0, 2.0]
+    assert Fairness(make_setting()).domain([]).project([-1.0, 2.0]).tolist() == [0.0, 2.0]

@@ -48,7 +48,7 @@ MIXTURE = SHARED | {
         "minority": {"classes": [1, 2]},
     },
     "model": {"kind": "mlp", "width": 16, "depth": 1},
-    "thresholds": {"unit": "share", "grid": {"minority": [0.25]}},
+    "thresholds": {"unit": "share", "grid": {"minority": [0.4]}},
 }
 DIGITS = SHARED | {
     "name": "digits",
@@ -168,12 +168,14 @@ def test_the_base_run_leaves_a_model_and_its_calibration(sweeps, name):
     assert (result["kind"], result["status"], result["error"]) == ("base", "completed", None)
     assert (result["primal_steps"], result["dual_steps"]) == (8, 4)
     base = sweep.folder / "base"
-    stored = json.loads((base / "calibration.json").read_text(encoding="utf-8"))
+    assert json.loads((base / "base.json").read_text(encoding="utf-8")) == {"data": sweep.workspace.data.fingerprint}
+    (calibration,) = base.glob("calibration-*.json")
+    stored = json.loads(calibration.read_text(encoding="utf-8"))
     assert stored == result["calibration"]
-    assert stored["data"] == sweep.workspace.data.fingerprint
-    assert set(stored["loss"]) == set(sweep.workspace.constraint_names)
-    assert all(0 < stored["loss_stderr"][n] < stored["loss"][n] for n in stored["loss"])
-    assert sorted(entry.name for entry in base.iterdir()) == ["calibration.json", "model"]
+    assert stored["unit"] == CONFIGS[name]["thresholds"]["unit"]
+    assert set(stored["metrics"]) == set(sweep.workspace.constraint_names)
+    assert all(0 < stored["stderrs"][n] < stored["metrics"][n] for n in stored["metrics"])
+    assert sorted(entry.name for entry in base.iterdir()) == ["base.json", calibration.name, "model"]
     assert load_model(base / "model")
 
 
@@ -222,7 +224,8 @@ def test_every_kind_of_trial_reports_a_whole_result(sweeps, calm, name, kind):
 
     folder = sweep.folder / "trials" / assignment.trial_id
     samples = np.load(folder / "samples.npy", allow_pickle=False)
-    assert samples.shape == (9, *sweep.workspace.data.sample_shape) and samples.dtype == np.float32
+    kept = 9 if name == "digits" else 48  # images for a grid, all points for a scatter plot
+    assert samples.shape == (kept, *sweep.workspace.data.sample_shape) and samples.dtype == np.float32
     errors = np.load(folder / "held_out_errors.npy", allow_pickle=False)
     assert errors.shape == (len(sweep.workspace.data.held_out_main),)
     assert not list(folder.rglob("*.part*"))
@@ -277,7 +280,7 @@ def test_a_loss_is_measured_on_the_primal_steps_since_the_last_dual_step(sweeps)
 
 def test_a_factor_is_of_the_pretrained_models_own_loss(calm):
     sweep, assignment, dual, _ = calm("losses")
-    losses = sweep.base_result["calibration"]["loss"]
+    losses = sweep.base_result["calibration"]["metrics"]
     expected = [0.9 * losses[name] for name in sweep.workspace.constraint_names]
     assert dual.trace(assignment.trial_id)[0]["thresholds"] == pytest.approx(expected)
 
@@ -426,7 +429,7 @@ def test_an_interrupted_base_run_resumes_to_the_same_bits(sweeps, tmp_path):
     assignment = sweep.assignment("base", base_dir=str(tmp_path / "base"))
     dual = Directing("interrupt", 2)
     assert sweep.run(assignment, dual) is None
-    assert not (tmp_path / "base" / "calibration.json").exists()
+    assert not (tmp_path / "base" / "base.json").exists()
     result = sweep.run(replace(assignment, attempt=2), dual, make_workspace("mixture"))
     assert result["calibration"] == sweep.base_result["calibration"]
     assert not (tmp_path / "base" / "checkpoints").exists()

@@ -5,17 +5,22 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binom
 
+from dualsweep.constraints import Constraint
 from dualsweep.trainers.labellers import Labeller
 from dualsweep.trainers.metrics import (
-    ShareEstimator,
+    Measurement,
     loss_measurement,
     mean_and_stderr,
-    membership_table,
+    mean_measurement,
+    shard_counts,
+    share_draws,
     share_measurement,
 )
 from dualsweep.trainers.noise_schedule import NoiseSchedule
+from dualsweep.trainers.samplers import ddim_sample
 
 
 def test_mean_and_stderr_are_numpys():
@@ -47,7 +52,7 @@ def test_a_loss_measurement_reads_every_row_but_the_objectives():
 
 def counted(hits, count):
     """Hard labels: a sample is in the class or not."""
-    return share_measurement(np.array([[hits, hits, count]], dtype=np.float64))
+    return share_measurement((np.arange(count) < hits)[:, None].astype(np.float64))
 
 
 def test_a_share_is_measured_as_its_negative_logarithm():
@@ -77,7 +82,7 @@ def test_seeded_repeats_of_hard_labels_give_the_same_coverage():
     covered = 0
     for _ in range(repeats):
         weights = np.eye(2)[(rng.random(count) < share).astype(int)]
-        measurement = share_measurement(membership_table(weights, [1]))
+        measurement = share_measurement(weights[:, [1]])
         covered += abs(measurement.metrics[0] + math.log(share)) <= 1.96 * measurement.stderrs[0]
     # Between 92 % and 98 %: four standard errors (0.7 %) beyond 95 %, so the false-alarm rate is below 1e-3
     # even where discreteness moves the true coverage by half a per cent.
@@ -97,8 +102,8 @@ def test_nobody_or_everybody_in_a_class_is_finite_with_an_honest_error(count):
 
 def test_a_trace_of_membership_is_no_more_certain_than_none():
     """Posterior weights of 1e-12 a sample, as a mixture's exact posterior gives, say no more than zeros do."""
-    none = share_measurement(np.array([[0.0, 0.0, 128.0]]))
-    trace = share_measurement(np.array([[128e-12, 128e-24, 128.0]]))
+    none = share_measurement(np.zeros((128, 1)))
+    trace = share_measurement(np.full((128, 1), 1e-12))
     assert trace.metrics == pytest.approx(none.metrics)
     assert trace.stderrs == pytest.approx(none.stderrs)
 
@@ -109,34 +114,75 @@ def test_the_error_of_an_estimate_falls_with_the_hits():
     assert all(a > b for a, b in itertools.pairwise(stderrs))
 
 
-def test_a_membership_table_holds_sums_squares_and_counts_of_the_chosen_columns():
-    weights = np.array([[0.2, 0.8, 0.0], [0.5, 0.5, 0.0]])
-    expected = [[0.0, 0.0, 2.0], [0.7, 0.29, 2.0]]
-    np.testing.assert_allclose(membership_table(weights, [2, 0]), expected, rtol=1e-12)
+def test_column_means_come_with_their_standard_errors():
+    rows = np.array([[1.0, 5.0], [3.0, 5.0]])
+    measurement = mean_measurement(rows)
+    assert measurement.metrics == [2.0, 5.0] and measurement.stderrs == [pytest.approx(1.0), 0.0]
+    assert measurement.counts == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "unit, sense, metric, canonical",
+    [
+        ("share", ">=", 1.2, 1.2),
+        ("share", "<=", 1.2, -1.2),
+        ("nats", "<=", 0.3, 0.3),
+        ("nats", ">=", 0.3, -0.3),
+        ("reward", ">=", 0.5, -0.5),
+        ("likelihood_ratio", "<=", 0.4, 0.4),
+    ],
+)
+def test_the_canonical_metric_is_the_one_whose_threshold_is_an_upper_limit(unit, sense, metric, canonical):
+    constraint = Constraint(name="a", unit=unit, threshold=0.25, sense=sense)
+    turned = Measurement([metric], [0.1], [9]).canonical([constraint])
+    assert turned.metrics == [canonical] and turned.stderrs == [0.1]
+    # Exactly at the threshold the violation is zero, whatever the unit and the sense.
+    natural = -math.log(0.25) if unit == "share" else 0.25
+    at = Measurement([natural], [0.1], [9]).canonical([constraint])
+    assert at.metrics[0] == pytest.approx(constraint.canonical_threshold)
+
+
+LINEAR = Labeller(lambda x: np.concatenate([x, 1 - x], axis=1).astype(float), "linear", 1.0, 0)
+SIGN = Labeller(lambda x: np.concatenate([x < 0, x >= 0], axis=1).astype(float), "sign", 1.0, 0)
+
+
+def draw(denoiser, schedule, labeller, *, num_samples, shards, dual_step=2, classes=(1, 0)):
+    def sample(denoiser, multipliers, start, *, num_sampling_steps):
+        return ddim_sample(denoiser, start, schedule, num_sampling_steps=num_sampling_steps)
+
+    return share_draws(
+        sample,
+        denoiser,
+        torch.zeros(2),
+        labeller,
+        classes,
+        seed=3,
+        counter=dual_step,
+        shards=shards,
+        counts=shard_counts(num_samples, 4),
+        shape=(1,),
+        num_sampling_steps=5,
+    ).rows
 
 
 @pytest.mark.parametrize("num_samples", [30, 3])  # 3: fewer samples than shards
 @pytest.mark.parametrize("groups", [[range(2), range(2, 4)], [[0], [1], [2], [3]], [[0, 1, 2], [3]]])
-def test_the_shards_of_several_workers_add_up_to_one_workers_table(exact_denoiser, gaussian, num_samples, groups):
+def test_the_shards_of_several_workers_are_one_workers_rows(exact_denoiser, gaussian, num_samples, groups):
     schedule = NoiseSchedule(num_train_timesteps=50, clip_sample=False)
     denoiser = exact_denoiser(gaussian(0.2, 1.0), schedule)
-    labeller = Labeller(lambda x: np.concatenate([x < 0, x >= 0], axis=1).astype(float), "sign", 1.0, 0)
-    estimator = ShareEstimator(
-        labeller, [1, 0], schedule, num_samples=num_samples, num_sampling_steps=5, seed=3, num_shards=4
-    )
-    whole = estimator.table(denoiser, dual_step=2, shards=range(4), shape=(1,))
-    parts = [estimator.table(denoiser, dual_step=2, shards=group, shape=(1,)) for group in groups]
-    np.testing.assert_array_equal(sum(parts), whole)  # hard labels: whole numbers
-    assert whole[:, 2].tolist() == [num_samples, num_samples]
-    assert whole[:, 0].sum() == num_samples
-    assert estimator.table(denoiser, dual_step=2, shards=[], shape=(1,)).tolist() == [[0, 0, 0], [0, 0, 0]]
+    whole = draw(denoiser, schedule, SIGN, num_samples=num_samples, shards=range(4))
+    parts = [draw(denoiser, schedule, SIGN, num_samples=num_samples, shards=group) for group in groups]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)  # hard labels: whole numbers
+    assert whole.shape == (num_samples, 2) and whole.sum() == num_samples
+    assert draw(denoiser, schedule, SIGN, num_samples=num_samples, shards=[]).shape == (0, 2)
 
 
 def test_every_dual_step_draws_new_samples_and_a_repeated_one_the_same(exact_denoiser, gaussian):
     schedule = NoiseSchedule(num_train_timesteps=50, clip_sample=False)
     denoiser = exact_denoiser(gaussian(0.0, 1.0), schedule)
-    soft = Labeller(lambda x: np.concatenate([x, 1 - x], axis=1).astype(float), "linear", 1.0, 0)
-    estimator = ShareEstimator(soft, [0], schedule, num_samples=20, num_sampling_steps=5, seed=3, num_shards=4)
-    tables = [estimator.table(denoiser, dual_step=step, shards=range(4), shape=(1,)) for step in (0, 1, 0)]
-    assert np.array_equal(tables[0], tables[2])
-    assert not np.array_equal(tables[0], tables[1])
+    rows = [
+        draw(denoiser, schedule, LINEAR, num_samples=20, shards=range(4), dual_step=step, classes=[0])
+        for step in (0, 1, 0)
+    ]
+    assert np.array_equal(rows[0], rows[2])
+    assert not np.array_equal(rows[0], rows[1])

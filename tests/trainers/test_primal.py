@@ -3,6 +3,8 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,11 +40,15 @@ def make_batch(step: int, *, scale: float = 1.0) -> Batch:
     )
 
 
+def fairness(kind=Fairness, *arguments) -> Fairness:
+    """The loss of a formulation reads its schedule and optimizer section, nothing else of a setting."""
+    return kind(SimpleNamespace(schedule=SCHEDULE, optimizer={"normalize": True}), *arguments)
+
+
 def take_step(train, accelerator, batch, *, method=None, grad_clip=1e9, sums=None) -> float:
     return primal_step(
         train,
-        method or Fairness(),
-        SCHEDULE,
+        method or fairness(),
         batch,
         MULTIPLIERS,
         accelerator=accelerator,
@@ -64,13 +70,13 @@ def gradient_norm(train) -> float:
 class WithTerm(Fairness):
     """Fairness plus `term(parameters)`: a faulty formulation."""
 
-    def __init__(self, term) -> None:
-        super().__init__()
+    def __init__(self, setting, term) -> None:
+        super().__init__(setting)
         self.term = term
 
-    def primal_loss(self, denoiser, schedule, batch, multipliers):
-        loss, losses = super().primal_loss(denoiser, schedule, batch, multipliers)
-        return loss + self.term(list(denoiser.parameters())), losses
+    def primal_loss(self, denoiser, batch, multipliers):
+        terms = super().primal_loss(denoiser, batch, multipliers)
+        return replace(terms, loss=terms.loss + self.term(list(denoiser.parameters())))
 
 
 def spoiled_batch(value: float) -> Batch:
@@ -83,10 +89,10 @@ FAULTS = {
     "NaN sample": (spoiled_batch(math.nan), None, "loss"),
     "infinite sample": (spoiled_batch(math.inf), None, "loss"),
     # (0 * p).sqrt() is 0 with an infinite slope: the loss is fine, its gradient is not.
-    "NaN gradient alone": (make_batch(99), WithTerm(lambda p: (0 * p[0].abs()).sqrt().sum()), "gradient"),
+    "NaN gradient alone": (make_batch(99), fairness(WithTerm, lambda p: (0 * p[0].abs()).sqrt().sum()), "gradient"),
     # A constant has no gradient: nothing but the loss itself tells.
-    "infinite loss alone": (make_batch(99), WithTerm(lambda p: torch.tensor(math.inf)), "loss"),
-    "NaN loss alone": (make_batch(99), WithTerm(lambda p: torch.tensor(math.nan)), "loss"),
+    "infinite loss alone": (make_batch(99), fairness(WithTerm, lambda p: torch.tensor(math.inf)), "loss"),
+    "NaN loss alone": (make_batch(99), fairness(WithTerm, lambda p: torch.tensor(math.nan)), "loss"),
 }
 
 
@@ -129,7 +135,7 @@ def test_the_update_is_adamws(accelerator):
     for step in range(6):
         optimizer.param_groups[0]["lr"] = train.lr
         optimizer.zero_grad()
-        Fairness().primal_loss(twin, SCHEDULE, make_batch(step), MULTIPLIERS)[0].backward()
+        fairness().primal_loss(twin, make_batch(step), MULTIPLIERS).loss.backward()
         optimizer.step()
         take_step(train, accelerator, make_batch(step))
     for mine, theirs in zip(train.denoiser.parameters(), twin.parameters(), strict=True):
@@ -219,7 +225,7 @@ def test_an_overflow_under_a_loss_scaler_skips_the_update_and_lowers_the_scale()
     train = make_train(scaling.scaler)
     weights = [p.detach().clone() for p in train.denoiser.parameters()]
     scale = scaling.scaler.get_scale()
-    take_step(train, scaling, make_batch(0), method=WithTerm(lambda p: (0 * p[0].abs()).sqrt().sum()))
+    take_step(train, scaling, make_batch(0), method=fairness(WithTerm, lambda p: (0 * p[0].abs()).sqrt().sum()))
     assert all(torch.equal(a, b) for a, b in zip(weights, train.denoiser.parameters(), strict=True))
     assert scaling.scaler.get_scale() < scale
     with pytest.raises(NonFiniteError, match="loss"):

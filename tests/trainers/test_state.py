@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ DATA = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
 STREAMS = Streams(
     sizes={"main": 64}, batch_sizes={"main": 16}, seed=0, num_shards=2, num_train_timesteps=50, sample_shape=(2,)
 )
+METHOD = Fairness(SimpleNamespace(schedule=SCHEDULE, optimizer={"normalize": True}))
 WINDOW = [[[1 / 3, 0.1, 8.0]], [[2.0, 1e-300, 8.0]]]
 
 
@@ -44,7 +46,7 @@ def advance(train: TrainState, accelerator, steps: int) -> None:
         batch = Batch(
             DATA[torch.from_numpy(indices)], torch.from_numpy(noise), torch.from_numpy(timesteps), (16,), (16,)
         )
-        primal_step(train, Fairness(), SCHEDULE, batch, torch.zeros(0), accelerator=accelerator, grad_clip=1.0)
+        primal_step(train, METHOD, batch, torch.zeros(0), accelerator=accelerator, grad_clip=1.0)
 
 
 def content(train: TrainState) -> dict:
@@ -70,7 +72,7 @@ def saved(tmp_path, accelerator):
 def test_a_hundred_steps_and_a_hundred_resumed_equal_two_hundred(tmp_path, accelerator):
     whole = make_train()
     advance(whole, accelerator, 100)
-    whole.dual_step, whole.extra["share_window"] = 7, WINDOW
+    whole.dual_step, whole.extra["window"] = 7, WINDOW
     at_hundred = content(whole)
     folder = tmp_path / "step-000007"
     dual_state = {"multipliers": [0.1, 1 / 3], "step": 7}
@@ -79,11 +81,11 @@ def test_a_hundred_steps_and_a_hundred_resumed_equal_two_hundred(tmp_path, accel
 
     resumed = make_train(seed=1)  # other weights: everything has to come from the file
     advance(resumed, accelerator, 3)
-    resumed.extra["share_window"] = [[[9.0, 9.0, 9.0]]]
+    resumed.extra["window"] = [[[9.0, 9.0, 9.0]]]
     assert resumed.restore(folder, fingerprint="mine") == dual_state
     assert content(resumed) == at_hundred
     assert counters(resumed) == counters(whole)
-    assert resumed.extra["share_window"] == WINDOW  # floats to the last bit
+    assert resumed.extra["window"] == WINDOW  # floats to the last bit
     assert {name.split(".")[0] for name in at_hundred} == {"model", "ema", "optimizer"}
 
     advance(whole, accelerator, 100)

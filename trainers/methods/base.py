@@ -130,6 +130,7 @@ class Method:
     defaults: ClassVar[Mapping[str, Any]] = {}  # options of the `formulation` section it takes, with their defaults
     group: ClassVar[str] = "sets"  # the threshold axis that stands for every constraint
     conditional: ClassVar[bool] = False  # the pretrained model must know every constraint set's law as a condition
+    conditional_units: ClassVar[tuple[str, ...]] = ()  # units whose metric alone needs that
     needs_sets: ClassVar[bool] = True  # its constraints are about sets of data
     objective_name: ClassVar[str] = "denoising loss on the main set"
     starts_optimal: ClassVar[bool] = False  # without constraints the pretrained model is the answer: nothing to train
@@ -143,9 +144,9 @@ class Method:
         return tuple(set_names)
 
     @classmethod
-    def pretraining_sets(cls, set_names: Sequence[str]) -> tuple[str, ...]:
-        """The streams the pretrained model learns from; several of them each under its own condition."""
-        return ("main", *set_names) if cls.conditional else ("main",)
+    def pretraining_sets(cls, set_names: Sequence[str], unit: str) -> tuple[str, ...]:
+        """The streams the pretrained model learns from, by the constraints' unit; several each under its own condition."""
+        return ("main", *set_names) if cls.conditional or unit in cls.conditional_units else ("main",)
 
     @classmethod
     def options(cls, formulation: Mapping[str, Any]) -> dict[str, Any]:
