@@ -1,12 +1,12 @@
 """Variance of one draw of the KL estimate: timesteps uniform in t, uniform in log SNR, and as a pilot run advises.
 
 A draw is (x_0 from p, timestep, noise), its value ``weight * |noise_p - noise_q|^2`` in nats. All three are unbiased
-for the same sum over timesteps (`sample_timesteps`), so a ratio of variances is the ratio of the draws needed: `gain` is
-that of uniform t over the other. `kl_spread` is the largest disagreement of two means, in standard errors.
+for the same sum over timesteps (`sample_timesteps`), so a ratio of variances is the ratio of the draws needed: `gain`
+is that of uniform t over the other. `kl_spread` is the largest disagreement of two means, in standard errors.
 
-The pilot's 2000 draws give the root mean square of the squared gap in 16 bins of equal log SNR: the proposal is that times
-the log SNR of each timestep, plus a tenth of uniform in log SNR. Pairs of exact mixture denoisers, then pairs of small
-MLPs trained here; a seed stands for a set of draws, and for MLPs a training.
+The pilot's 2000 draws give the root mean square of the squared gap in 16 bins of equal log SNR. The proposal is that
+times the log SNR each timestep stands for, plus a tenth of uniform in log SNR. Pairs of exact mixture denoisers, then
+pairs of small MLPs trained here; a seed stands for a set of draws, and for MLPs a training.
 
     python benchmarks/timestep_sampling.py [--seeds 5] [--draws 20000]
 """

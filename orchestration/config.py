@@ -191,8 +191,9 @@ class FormulationConfig(_Section):
     """unlearn_forward_kl, siss: norm that the gradient of the forget loss is scaled to."""
     loss_ceiling: Positive | None = None
     """unlearn_forward_kl, siss: forget losses above it have no gradient."""
-    inputs: Literal["samples", "noise"] | None = None
-    """adaptation: where closeness is measured, noised samples of the pretrained model or pure noise (as published)."""
+    inputs: Literal["samples", "noise", "trajectory"] | None = None
+    """adaptation: where closeness is measured, noised samples of the pretrained model or pure noise (as published).
+    esd: where it is distilled, noised samples of the pretrained model or the trained model's own chain."""
     beta: Positive | None = None
     """duo: inverse temperature of the preference loss."""
 
@@ -339,7 +340,7 @@ class SweepConfig(_Section):
 
     @property
     def sense(self) -> str | None:
-        """"<=" or ">=" for every threshold; None: the unit's own."""
+        """ "<=" or ">=" for every threshold; None: the unit's own."""
         return threshold_sense(self.method, self.thresholds.unit)
 
     def to_dict(self) -> dict[str, Any]:

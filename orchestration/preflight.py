@@ -68,8 +68,8 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
             f"name: sweep {config.name!r} already exists in {root}; go on with it (`dualsweep resume {config.name}`), give another "
             "name (name=...), or let one be found (--fresh-name)"
         )
-    base_dir = root / "bases" / config.base_key(
-        method.pretraining_sets(summary.constraint_names, config.thresholds.unit)
+    base_dir = (
+        root / "bases" / config.base_key(method.pretraining_sets(summary.constraint_names, config.thresholds.unit))
     )
     return Plan(config, folder, base_dir, tracking_uri, names, points)
 
@@ -170,7 +170,9 @@ def first_point(config: SweepConfig, at: list[str]) -> SweepConfig:
                 raise ConfigError(f"--at {text!r}: write it as axis=number, such as minority=0.1")
     else:
         try:
-            points = sweep_points(config, _check_formulation(config, METHODS[config.method], validate_spec(config.data)))
+            points = sweep_points(
+                config, _check_formulation(config, METHODS[config.method], validate_spec(config.data))
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from error
         values = next((point["thresholds"] for point in points if point["kind"] == "constrained"), None)

@@ -11,314 +11,29 @@ import getpass
 import hashlib
 import importlib.metadata
 import json
-import logging
 import math
-import os
-import re
 import tempfile
-import threading
 import time
-import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import yaml
 from PIL import Image
 
+from dualsweep.orchestration.outbox import GiveUp, Item, Outbox, Undelivered
 from dualsweep.orchestration.trace import clean_name, metric_key, read_trace, read_trace_names, row_metrics
+from dualsweep.orchestration.tracking_uri import SQLITE, check_tracking, mlflow_client, resolve_tracking_uri
+
+__all__ = ["Tracker", "Undelivered", "check_tracking", "resolve_tracking_uri", "sync_sweep"]
 
 METRICS_PER_BATCH = 1000  # MLflow's own limit of one `log_batch`
-LINGER_SECONDS = 1.0  # rows wait this long for company: a metric in a full batch costs 1/30 of a single one
-ATTEMPTS = 5  # tries of one item against a server that answers; a server that does not answer is waited for
-LONGEST_PAUSE = 30.0  # seconds between two tries
-MAX_BUFFERED_ROWS = 200_000  # more are left to the trace file, which delivers them when the trial ends
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")  # need no prompt, so that `predict` can sample from them
 
 _TRIAL_STATUS = {"completed": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "diverged": "FAILED"}
 _SWEEP_STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 _FEASIBLE = {"feasible": "true", "infeasible": "false", "undecided": "undecided"}
-_SQLITE = re.compile(r"sqlite(\+\w+)?:///")
-_DATABASES = ("postgresql", "mysql", "mssql")
-
-
-# Where to: the address of the tracking store.
-
-
-def resolve_tracking_uri(uri: str | None, storage: str | Path) -> str:
-    """The tracking URI to use: `uri` with a relative SQLite path made absolute (Ray changes the working directory).
-
-    Without a `uri`: a SQLite file in the storage folder, which therefore must be local.
-    Raises: ValueError if there is no `uri` and the storage is remote.
-    """
-    if uri is None:
-        root = str(storage).removeprefix("file://")
-        if "://" in root:
-            raise ValueError(
-                f"tracking.uri is not set and the storage {str(storage)!r} is not a local folder, so SQLite cannot lie "
-                "there; set tracking.uri to an MLflow server (http://...) or to sqlite:////absolute/path/mlflow.db"
-            )
-        return f"sqlite:///{Path(root).expanduser().resolve() / 'mlflow.db'}"
-    if (match := _SQLITE.match(uri)) and uri[match.end() :] not in ("", ":memory:"):
-        return f"{match.group()}{Path(uri[match.end() :]).expanduser().resolve()}"
-    return uri
-
-
-def check_tracking(uri: str, timeout: float = 10.0) -> None:
-    """Refuse a tracking URI that cannot work, within `timeout` seconds and without creating anything.
-
-    Raises: ValueError naming `tracking.uri`, its value (without password) and the remedy.
-    """
-    field_and_value = f"tracking.uri = {_without_password(uri)!r}"
-    scheme = urlsplit(uri).scheme.split("+")[0]
-    if _SQLITE.match(uri) or scheme == "sqlite":
-        _check_sqlite(uri, field_and_value)
-    elif scheme in ("http", "https") or scheme in _DATABASES:
-        probe = _probe_database if scheme in _DATABASES else _probe_server
-        remedy = (
-            "start it (mlflow server --host 127.0.0.1 --port 5000 "
-            "--backend-store-uri sqlite:////absolute/path/mlflow.db), correct the address, "
-            "or leave tracking.uri out to write to SQLite beside the sweep"
-        )
-        outcome: list[Exception | None] = []
-        # A thread, because neither name resolution nor a server that sends a byte a second knows a total time limit.
-        thread = threading.Thread(target=lambda: outcome.append(probe(uri)), daemon=True)
-        thread.start()
-        thread.join(timeout)
-        if not outcome:
-            raise ValueError(f"{field_and_value}: no answer within {timeout:g} s; {remedy}")
-        if (error := outcome[0]) is not None:
-            text = _without_password(str(error))
-            if "403" in text or "401" in text:
-                remedy = "give the server this host name (mlflow server --allowed-hosts), or set " + (
-                    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-                )
-            raise ValueError(f"{field_and_value}: it refused or failed ({text[:200]}); {remedy}") from error
-    else:
-        raise ValueError(
-            f"{field_and_value}: MLflow no longer keeps runs in plain folders, and other stores are not supported; use "
-            "sqlite:////absolute/path/mlflow.db, http(s)://host:port, or one of " + ", ".join(_DATABASES) + "://..."
-        )
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"(://[^:/@\s]*):[^@/\s]*@", r"\1:***@", text)
-
-
-def _check_sqlite(uri: str, field_and_value: str) -> None:
-    path = Path(_SQLITE.sub("", uri, count=1))
-    if not _SQLITE.match(uri) or not path.is_absolute():
-        raise ValueError(
-            f"{field_and_value}: not an absolute file; write sqlite:////absolute/path/mlflow.db (4 slashes)"
-        )
-    if "%" in str(path) or "?" in str(path):
-        raise ValueError(f"{field_and_value}: MLflow cannot open a path with % or ?; choose another folder")
-    folder = next(parent for parent in path.parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{field_and_value}: {folder} is not a folder that can be written; choose another one")
-    if not path.exists():
-        return
-    if not path.is_file() or not os.access(path, os.R_OK | os.W_OK):
-        raise ValueError(f"{field_and_value}: {path} is not a file that can be written; choose another one")
-    with path.open("rb") as stream:
-        if stream.read(16) not in (b"", b"SQLite format 3\0"):
-            raise ValueError(f"{field_and_value}: {path} exists and is no SQLite database; choose another file name")
-
-
-def _probe_server(uri: str) -> Exception | None:
-    """One real API call: /version answers even where the server refuses this host name or user."""
-    try:
-        _mlflow_client(uri).search_experiments(max_results=1)
-    except Exception as error:  # noqa: BLE001 - whatever fails here is the answer to the question
-        return error
-    return None
-
-
-def _probe_database(uri: str) -> Exception | None:
-    """Connect only; MLflow itself would create its tables."""
-    try:
-        import sqlalchemy
-
-        sqlalchemy.create_engine(uri).connect().close()
-    except Exception as error:  # noqa: BLE001 - whatever fails here is the answer to the question
-        return error
-    return None
-
-
-def _mlflow_client(uri: str) -> Any:
-    """A client that says nothing on the terminal and returns from a dead server within seconds, not minutes."""
-    for name, value in {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the outbox tries again itself; MLflow's 7 would block for minutes
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
-    }.items():
-        os.environ.setdefault(name, value)
-    for name in ("mlflow.store.db.utils", "alembic", "urllib3.connectionpool"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=r"(?s).*An input example was not provided")
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-# The outbox: knows threads and failures, not MLflow.
-
-
-class _GiveUp(Exception):
-    """Trying this item again cannot help."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Undelivered:
-    """Something MLflow has not got: `count` rows, or one of a trial's other items, or the sweep's (`trial_id` None)."""
-
-    what: str
-    trial_id: str | None
-    count: int
-    error: str
-
-    def __str__(self) -> str:
-        owner = "the sweep" if self.trial_id is None else f"trial {self.trial_id}"
-        return f"{self.count} x {self.what} of {owner} ({self.error or 'not tried yet'})"
-
-
-@dataclass(kw_only=True, eq=False)
-class _Item:
-    what: str
-    trial_id: str | None
-    deliver: Callable[[], None] = lambda: None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    born: float = field(default_factory=time.monotonic)
-    attempts: int = 0  # tries that a server answered
-    failures: int = 0  # all of them
-    error: str = ""
-
-    def undelivered(self) -> Undelivered:
-        count = len(self.rows) if self.what == "rows" else 1
-        return Undelivered(what=self.what, trial_id=self.trial_id, count=count, error=self.error)
-
-
-class _Outbox:
-    """Delivers items in order from one daemon thread; `answers()` says whether the other side is there at all."""
-
-    def __init__(self, answers: Callable[[], bool]) -> None:
-        self._answers = answers
-        self._changed = threading.Condition()  # guards what follows
-        self._queue: deque[_Item] = deque()
-        self._lost: list[Undelivered] = []
-        self._collecting: dict[str | None, _Item] = {}  # queued rows that later rows of the trial may join
-        self._flushing, self._closing = 0, False
-        self._thread: threading.Thread | None = None
-        self._hurry = threading.Event()  # ends a pause between two tries
-
-    def put(self, item: _Item) -> None:
-        """Queue an item; rows join the queued rows of their trial unless another item of the trial lies between."""
-        with self._changed:
-            waiting = self._collecting.get(item.trial_id) if item.what == "rows" else None
-            if self._closing:
-                item.error = "the tracker is closed"
-            elif item.what == "rows" and sum(len(other.rows) for other in self._queue) > MAX_BUFFERED_ROWS:
-                item.error = "the buffer is full; trace.parquet still holds them"
-            if item.error:
-                self._lost.append(item.undelivered())
-            elif waiting is not None:
-                waiting.rows.extend(item.rows)
-            else:
-                self._queue.append(item)
-                self._collecting.pop(item.trial_id, None)
-                if item.what == "rows":
-                    self._collecting[item.trial_id] = item
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="dualsweep-tracker", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
-
-    def undelivered(self) -> list[Undelivered]:
-        with self._changed:
-            return [*self._lost, *(item.undelivered() for item in self._queue)]
-
-    def take_lost_rows(self, trial_id: str) -> list[Undelivered]:
-        """The rows of a trial that were given up, no longer counted as lost."""
-        with self._changed:
-            taken = [lost for lost in self._lost if (lost.what, lost.trial_id) == ("rows", trial_id)]
-            self._lost = [lost for lost in self._lost if lost not in taken]
-            return taken
-
-    def give_back(self, lost: list[Undelivered]) -> None:
-        with self._changed:
-            self._lost.extend(lost)
-
-    def flush(self, timeout: float) -> int:
-        self._hurry.set()
-        with self._changed:
-            self._flushing += 1
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._queue, timeout)
-            self._flushing -= 1
-        return sum(item.count for item in self.undelivered())
-
-    def close(self, timeout: float) -> int:
-        deadline = time.monotonic() + timeout
-        self.flush(timeout)
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        self._hurry.set()
-        if self._thread is not None:
-            self._thread.join(max(deadline - time.monotonic(), 0.5))
-        return sum(item.count for item in self.undelivered())
-
-    def _next(self) -> _Item | None:
-        with self._changed:
-            while not self._closing:
-                if self._queue:
-                    item = self._queue[0]
-                    linger = item.born + LINGER_SECONDS - time.monotonic()
-                    if item.what != "rows" or self._flushing or linger <= 0:
-                        if self._collecting.get(item.trial_id) is item:
-                            del self._collecting[item.trial_id]
-                        return item
-                    self._changed.wait(linger)
-                else:
-                    self._changed.wait()
-            return None
-
-    def _work(self) -> None:
-        while (item := self._next()) is not None:
-            try:
-                item.deliver()
-            except Exception as error:  # noqa: BLE001 - nothing may reach the sweep; it is recorded in the item
-                item.error = f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
-                item.attempts += ATTEMPTS if _is_final(error) else int(self._answers())
-                item.failures += 1
-                if item.attempts < ATTEMPTS:
-                    # While someone waits for a flush, a server that is back must be noticed soon.
-                    pause = min(0.25 * 2 ** min(item.failures, 10), 1.0 if self._flushing else LONGEST_PAUSE)
-                    self._hurry.wait(pause)
-                    self._hurry.clear()
-                    continue
-            with self._changed:
-                self._queue.popleft()
-                if item.attempts >= ATTEMPTS:
-                    self._lost.append(item.undelivered())
-                self._changed.notify_all()
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether the same request would fail again: our own refusals, absent files, values MLflow does not accept."""
-    if isinstance(error, (_GiveUp, FileNotFoundError, ValueError, TypeError, KeyError)):
-        return True
-    return getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"
-
-
-# The tracker: what the sweep calls, and how each item is written.
 
 
 class Tracker:
@@ -343,7 +58,7 @@ class Tracker:
         self._sweep_tags = {"dualsweep.sweep": clean_name(sweep_name)}
         if sweep_id is not None:
             self._sweep_tags["dualsweep.sweep_id"] = clean_name(sweep_id)
-        self._outbox = _Outbox(self._answers)
+        self._outbox = Outbox(self._answers)
         self._trials: dict[str, tuple[str, tuple[str, ...]]] = {}  # id -> label, constraint names
         self._unfinished: set[str] = set()
         self._client_: Any = None  # from here on: the writer thread only
@@ -391,7 +106,7 @@ class Tracker:
 
     def log_rows(self, trial_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Hand over trace rows; they become metrics at step `dual_step` and time `wall_time`."""
-        item = _Item(what="rows", trial_id=trial_id, rows=[dict(row) for row in rows])
+        item = Item(what="rows", trial_id=trial_id, rows=[dict(row) for row in rows])
         item.deliver = lambda: self._log_rows(trial_id, item.rows)
         self._outbox.put(item)
 
@@ -454,7 +169,7 @@ class Tracker:
         return self._outbox.close(timeout)
 
     def _put(self, what: str, trial_id: str | None, deliver: Callable[[], None]) -> None:
-        self._outbox.put(_Item(what=what, trial_id=trial_id, deliver=deliver))
+        self._outbox.put(Item(what=what, trial_id=trial_id, deliver=deliver))
 
     # From here on in the writer thread.
 
@@ -467,7 +182,7 @@ class Tracker:
 
     def _client(self) -> Any:
         if self._client_ is None:
-            self._client_ = _mlflow_client(self.tracking_uri)  # makes the folder of an SQLite file
+            self._client_ = mlflow_client(self.tracking_uri)  # makes the folder of an SQLite file
         return self._client_
 
     def _experiment(self) -> str:
@@ -475,12 +190,12 @@ class Tracker:
             found = self._client().get_experiment_by_name(self.experiment)
             if found is None:
                 location = self._artifact_location
-                if location is None and (match := _SQLITE.match(self.tracking_uri)):
+                if location is None and (match := SQLITE.match(self.tracking_uri)):
                     # MLflow's own default is a folder relative to the working directory.
                     location = (Path(self.tracking_uri[match.end() :]).parent / "mlflow-artifacts").as_uri()
                 self._experiment_id = self._client().create_experiment(self.experiment, artifact_location=location)
             elif found.lifecycle_stage != "active":
-                raise _GiveUp(
+                raise GiveUp(
                     f"tracking.experiment = {self.experiment!r}: deleted in MLflow; restore it "
                     f"(mlflow experiments restore --experiment-id {found.experiment_id}) or choose another name"
                 )
@@ -495,7 +210,7 @@ class Tracker:
         tags, name = {**self._sweep_tags, "dualsweep.kind": "sweep"}, self.sweep_name
         if trial_id is not None:
             if trial_id not in self._trials:
-                raise _GiveUp(f"start_trial was not called for trial {trial_id!r}")
+                raise GiveUp(f"start_trial was not called for trial {trial_id!r}")
             name = self._trials[trial_id][0]
             tags |= {"dualsweep.kind": "trial", "dualsweep.trial": clean_name(trial_id)}
             tags["mlflow.parentRunId"] = self._run_id(None)

@@ -1,17 +1,17 @@
-"""The stochastic reverse chain x_T -> x_0 whose steps are Gaussians: what on-policy formulations roll out and train.
+"""The stochastic reverse chain x_T -> x_0 with Gaussian steps: what on-policy formulations roll out and train.
 
 Its timesteps are equally spaced in the angle arccos(sqrt(alpha_bar)), from the noisiest one to 0. The state at timestep 0
-counts as the sample (it carries noise of standard deviation 0.01 under the linear schedule), so that every transition has
-a density. A step from signal power a to s with noise prediction e has
+counts as the sample (under the linear schedule it carries noise of standard deviation 0.01), so that every transition has
+a density. From signal power a to s, with the noise prediction e at x, a step has
 
-    mean = sqrt(s) x_0 + sqrt(1 - s - b) e,   x_0 = (x - sqrt(1 - a) e) / sqrt(a),   b = (1 - s)/(1 - a) (1 - a/s),
+    mean = sqrt(s) x_0 + sqrt(1 - s - b) e,   x_0 = (x - sqrt(1 - a) e) / sqrt(a),   b = (1 - s)/(1 - a) (1 - a/s).
 
-where b, the posterior variance, is DDIM's at eta = 1. The variance of the step is b, which leaves the samples of a
-coarse chain too narrow, or b plus what the uncertainty about x_0 adds. Measured with the exact noise prediction of three
-Gaussians of standard deviation 0.4 in the plane, 24 steps: 0.36 with b alone, 0.416 with the other.
+b, the variance of the step given x_0 too, is DDIM's at eta = 1. By itself it leaves the samples of a coarse chain too
+narrow; the chain's variance is b and what not knowing x_0 adds. Measured with the exact noise prediction of three
+Gaussians of standard deviation 0.4 in the plane, 24 steps: 0.36 with b alone, 0.416 with both.
 
-Source: Song, Meng and Ermon, ICLR 2021, eq. 12; Bao et al., ICLR 2022 (Analytic-DPM), theorem 1, in the form for
-imperfect predictions of Bao et al., ICML 2022, theorem 2.
+Source: Song, Meng and Ermon, ICLR 2021, eq. 12; Bao et al., Analytic-DPM, ICLR 2022, and its form for imperfect
+predictions, Bao et al., ICML 2022.
 """
 
 from dataclasses import dataclass
@@ -25,34 +25,17 @@ from dualsweep.trainers.noise_schedule import NoiseSchedule
 
 
 @dataclass(frozen=True, eq=False)
-class Rollout:
-    """One run of the chain from given noise."""
-
-    states: torch.Tensor  # (steps + 1, n, *sample_shape), x_T first, the samples last
-    means: torch.Tensor  # (steps, n, *sample_shape), of each state but the first given the one before
-
-    @property
-    def samples(self) -> torch.Tensor:
-        return self.states[-1]
-
-
-@dataclass(frozen=True, eq=False)
 class Chain:
-    """Gaussian transitions between decreasing timesteps; arrays are float64."""
+    """Gaussian transitions between decreasing timesteps. Arrays are float64; tensors have the states' type and device."""
 
-    timesteps: np.ndarray  # int64 (steps + 1,), from the noisiest to 0; no prediction is made at the last
-    alpha_bar: np.ndarray  # (steps + 1,), at `timesteps`
+    timesteps: np.ndarray  # int64 (steps,), where the predictions are made, from the noisiest on; the samples are at 0
+    alpha_bar: np.ndarray  # (steps + 1,), at `timesteps` and at 0
     stds: np.ndarray  # (steps,), positive
-    clip_sample: bool  # clip the predicted x_0 to [-1, 1], as images are
+    clip_sample: bool  # clip the predicted x_0 to [-1, 1], as for images
 
     @property
     def steps(self) -> int:
         return len(self.stds)
-
-    @cached_property
-    def posterior_variances(self) -> np.ndarray:
-        """b of the module docstring, (steps,)."""
-        return posterior_variances(self.alpha_bar)
 
     @cached_property
     def path_kl_weights(self) -> np.ndarray:
@@ -61,152 +44,170 @@ class Chain:
         Exact where nothing is clipped; `divergences` is exact always.
         """
         power, following = self.alpha_bar[:-1], self.alpha_bar[1:]
-        along = np.sqrt(1 - following - self.posterior_variances)
-        return np.square(along - np.sqrt(following * (1 - power) / power)) / (2 * np.square(self.stds))
+        slopes = self._noise_scales - np.sqrt(following * (1 - power) / power)
+        return np.square(slopes) / (2 * np.square(self.stds))
 
-    def rollout(self, predictor: Predictor, noises: torch.Tensor) -> Rollout:
-        """Run the chain; gradients flow through all of it where torch records them.
+    @cached_property
+    def _noise_scales(self) -> np.ndarray:
+        return np.sqrt(1 - self.alpha_bar[1:] - conditional_variances(self.alpha_bar))
+
+    def rollout(self, predictor: Predictor, noises: torch.Tensor) -> torch.Tensor:
+        """Run the chain; where torch records gradients they flow through all of it.
 
         Args:
             noises: standard normal, shape (n, steps + 1, *sample_shape): x_T, then what each step adds.
+        Returns: states (steps + 1, n, *sample_shape), x_T first, the samples last.
         Raises: ValueError for another number of steps.
         """
         if noises.ndim < 3 or noises.shape[1] != self.steps + 1:
             raise ValueError(
-                f"noises have shape {tuple(noises.shape)}, expected (n, {self.steps + 1}, *sample_shape): x_T and one a step"
+                f"noises have shape {tuple(noises.shape)}, expected (n, {self.steps + 1}, *sample_shape): the start, and "
+                f"what each of the {self.steps} steps adds"
             )
-        states, means = [noises[:, 0]], []
-        for step in range(self.steps):
-            mean = self._step_mean(predictor, states[-1], step)
-            means.append(mean)
-            states.append(mean + float(self.stds[step]) * noises[:, step + 1])
-        return Rollout(torch.stack(states), torch.stack(means))
+        states = [noises[:, 0]]
+        for step, std in enumerate(self.stds.tolist()):
+            states.append(self._next_mean(predictor, states[-1], step) + std * noises[:, step + 1])
+        return torch.stack(states)
 
     @torch.no_grad()
-    def sample(
-        self, predictor: Predictor, start: torch.Tensor, *, seed: int, counter: int, batch_size: int
-    ) -> torch.Tensor:
-        """Samples alone, on the CPU: row i depends on row i of `start`, (seed, counter) and i, not on the batches.
+    def sample(self, predictor: Predictor, start: torch.Tensor, *, seed: int, batch_size: int = 256) -> torch.Tensor:
+        """Samples alone, same shape and device as `start`; row i depends on its own start, `seed` and i, not on batches.
 
         Args:
-            start: x_T, standard normal, shape (n, *sample_shape), on the predictor's device or the CPU.
+            start: x_T, standard normal, shape (n, *sample_shape), n >= 1.
         """
         x_t = start
-        for step in range(self.steps):
-            generator = np.random.Generator(np.random.Philox(key=[seed, 0xC4A1], counter=[0, 0, counter, step]))
+        for step, std in enumerate(self.stds.tolist()):
+            generator = np.random.Generator(np.random.Philox(key=[seed, 0xC4A1], counter=[0, 0, 0, step]))
             noise = torch.from_numpy(generator.standard_normal(start.shape, dtype=np.float32)).to(start)
-            parts = [self._step_mean(predictor, part, step) for part in x_t.split(batch_size)]
-            x_t = torch.cat(parts) + float(self.stds[step]) * noise if parts else x_t
-        return x_t.cpu()
+            x_t = torch.cat([self._next_mean(predictor, part, step) for part in x_t.split(batch_size)]) + std * noise
+        return x_t
 
-    def _step_mean(self, predictor: Predictor, x_t: torch.Tensor, step: int) -> torch.Tensor:
+    def _next_mean(self, predictor: Predictor, x_t: torch.Tensor, step: int) -> torch.Tensor:
         timestep = torch.full((len(x_t),), int(self.timesteps[step]), device=x_t.device)
-        return self._mean(x_t, predictor(x_t, timestep), slice(step, step + 1))
+        # One step alone: its column of coefficients has a single entry and spreads over the samples.
+        return self._means(x_t, predictor(x_t, timestep).to(x_t.dtype), slice(step, step + 1))
 
-    def means(self, states: torch.Tensor, predictor: Predictor) -> torch.Tensor:
-        """Means of all transitions from the given states, in one forward.
+    def predictions(self, predictor: Predictor, states: torch.Tensor) -> torch.Tensor:
+        """Noise predictions at every state where a step begins, in one forward.
 
         Args:
-            states: (steps + 1, n, *sample_shape), as `rollout` gives them; the last, where no step begins, is not used.
+            states: (steps + 1, n, *sample_shape), as `rollout` gives them.
         Returns: (steps, n, *sample_shape).
         """
         x_t = states[:-1]
-        timestep = torch.from_numpy(self.timesteps[:-1]).to(x_t.device).repeat_interleave(x_t.shape[1])
-        return self._mean(x_t, predictor(x_t.flatten(0, 1), timestep).view(x_t.shape), slice(None))
+        timestep = torch.from_numpy(self.timesteps).to(x_t.device).repeat_interleave(x_t.shape[1])
+        return predictor(x_t.flatten(0, 1), timestep).to(x_t.dtype).view(x_t.shape)
 
-    def _mean(self, x_t: torch.Tensor, prediction: torch.Tensor, steps: slice) -> torch.Tensor:
-        """Means of transitions; the leading axis of x_t is that of `steps`, unless that is a single one."""
-        power, following = self.alpha_bar[:-1][steps], self.alpha_bar[1:][steps]
+    def clean(self, states: torch.Tensor, predictions: torch.Tensor) -> torch.Tensor:
+        """The x_0 that the predictions stand for at every state where a step begins, (steps, n, *sample_shape)."""
+        return self._clean(states[:-1], predictions, slice(None))
 
-        def column(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values).to(x_t).view(-1, *[1] * (x_t.ndim - 1))
+    def means(self, states: torch.Tensor, predictions: torch.Tensor) -> torch.Tensor:
+        """Means of all transitions from the given states, (steps, n, *sample_shape)."""
+        return self._means(states[:-1], predictions, slice(None))
 
-        prediction = prediction.to(x_t.dtype)  # half-precision predictions: states stay in the samples' precision
-        x_0 = (x_t - column(np.sqrt(1 - power)) * prediction) / column(np.sqrt(power))
-        if self.clip_sample:
-            x_0 = x_0.clamp(-1, 1)
-        along = column(np.sqrt(1 - following - self.posterior_variances[steps]))
-        return column(np.sqrt(following)) * x_0 + along * prediction
+    def drawn_means(self, states: torch.Tensor, noises: torch.Tensor) -> torch.Tensor:
+        """Means of the transitions that `rollout` made of these noises, without another forward; with their graph."""
+        added = noises[:, 1:].transpose(0, 1)
+        return states[1:] - _column(self.stds, added) * added
+
+    def _clean(self, x_t: torch.Tensor, prediction: torch.Tensor, steps: slice) -> torch.Tensor:
+        power = self.alpha_bar[:-1][steps]
+        x_0 = (x_t - _column(np.sqrt(1 - power), x_t) * prediction) / _column(np.sqrt(power), x_t)
+        return x_0.clamp(-1, 1) if self.clip_sample else x_0
+
+    def _means(self, x_t: torch.Tensor, prediction: torch.Tensor, steps: slice) -> torch.Tensor:
+        x_0 = self._clean(x_t, prediction, steps)
+        signal = _column(np.sqrt(self.alpha_bar[1:][steps]), x_t)
+        return signal * x_0 + _column(self._noise_scales[steps], x_t) * prediction
 
     def divergences(self, means: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """KL in nats between the transitions of two models from the same states, (steps, n)."""
-        return self._per_step((means - others).square().flatten(2).sum(2), 0.5 / np.square(self.stds))
+        """KL in nats of two models' transitions from the same states, (steps, n)."""
+        squares = (means - others).square().flatten(2).sum(2)
+        return squares * _column(0.5 / np.square(self.stds), squares)
 
     def log_probs(self, states: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-        """Log density of every state given the one before, less its constant, (steps, n).
+        """Log density of each state given the one before, less its constant, (steps, n).
 
-        The states are taken as given numbers, the means are differentiated: the gradient is the score function's, 1/std^2
-        included. With the means fixed and the states differentiated it would have the wrong sign (methods.md 7g).
+        The states count as given numbers and the means are differentiated: the score function's gradient. The other way
+        round its sign turns, and without 1/std^2 its scale is lost (methods.md 7g).
         """
-        return self._per_step((states[1:].detach() - means).square().flatten(2).sum(2), -0.5 / np.square(self.stds))
+        squares = (states[1:].detach() - means).square().flatten(2).sum(2)
+        return squares * _column(-0.5 / np.square(self.stds), squares)
 
-    def _per_step(self, values: torch.Tensor, weights: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(weights).to(values)[:, None] * values
+
+def _column(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(values).to(like).view(-1, *[1] * (like.ndim - 1))
+
+
+def conditional_variances(alpha_bar: np.ndarray) -> np.ndarray:
+    """Variance of the next state given this one and x_0, of every step between the given signal powers, (steps,)."""
+    power, following = alpha_bar[:-1], alpha_bar[1:]
+    return (1 - following) / (1 - power) * (1 - power / following)
 
 
 def chain_timesteps(schedule: NoiseSchedule, steps: int) -> np.ndarray:
-    """int64 (steps + 1,): equally spaced in angle, the nearest there are, decreasing to 0.
+    """int64 (steps + 1,), decreasing to 0: the nearest to equal spacing in angle.
 
-    Raises: ValueError where two of them fall on one timestep.
+    Raises: ValueError where two of them would be the same.
     """
     angles = np.arccos(np.sqrt(schedule.alpha_bar))
     targets = np.linspace(angles[-1], angles[0], steps + 1)
-    timesteps = np.abs(angles[None, :] - targets[:, None]).argmin(axis=1)
+    timesteps = np.abs(angles - targets[:, None]).argmin(axis=1).astype(np.int64)
     if (np.diff(timesteps) >= 0).any():
         raise ValueError(
-            f"formulation.num_sampling_steps={steps}: more than the {schedule.num_train_timesteps} timesteps of the "
-            f"schedule can tell apart; give fewer"
+            f"formulation.num_sampling_steps={steps}: the schedule has {schedule.num_train_timesteps} timesteps and can't "
+            "tell so many steps of equal angle apart; give fewer"
         )
-    return timesteps.astype(np.int64)
-
-
-def posterior_variances(alpha_bar: np.ndarray) -> np.ndarray:
-    """Variance of x_s given x_t and x_0 for each step, (steps,): sigma^2 of DDIM at eta = 1."""
-    power, following = alpha_bar[:-1], alpha_bar[1:]
-    return (1 - following) / (1 - power) * (1 - power / following)
+    return timesteps
 
 
 def build_chain(schedule: NoiseSchedule, steps: int, errors: np.ndarray | None = None) -> Chain:
     """The chain of so many steps.
 
     Args:
-        errors: mean squared error of the noise prediction at each step's timestep, an entry (`prediction_errors`), (steps,);
-            None: the posterior variance alone.
-    Raises: ValueError for too many steps.
+        errors: mean squared error of an entry of the noise prediction at each of the steps' timesteps
+            (`prediction_errors`), (steps,); None: the variance given x_0 alone, DDIM's at eta = 1.
+    Raises: ValueError for more steps than the schedule can tell apart.
     """
     timesteps = chain_timesteps(schedule, steps)
     alpha_bar = schedule.alpha_bar[timesteps]
-    clip = bool(schedule.scheduler.config.clip_sample)
-    variances = posterior_variances(alpha_bar)
+    clip_sample = bool(schedule.scheduler.config.clip_sample)
+    variances = conditional_variances(alpha_bar)
     if errors is not None:
         power, following = alpha_bar[:-1], alpha_bar[1:]
-        of_x_0 = (1 - power) / power * errors  # expected variance of x_0 given x_t, an entry
-        if clip:
-            of_x_0 = np.minimum(of_x_0, 1.0)  # nothing in [-1, 1] varies more
-        # How far the mean of the step moves with x_0, where x_t = sqrt(a) x_0 + sqrt(1 - a) e is given.
-        slopes = np.sqrt(following) - np.sqrt((1 - following - variances) * power / (1 - power))
-        variances = variances + np.square(slopes) * of_x_0
-    return Chain(timesteps, alpha_bar, np.sqrt(variances), clip)
+        of_clean = (1 - power) / power * errors  # mean square of an entry of x_0 - predicted x_0
+        if clip_sample:
+            of_clean = np.minimum(of_clean, 1.0)  # the largest variance on [-1, 1]
+        slopes = np.sqrt(following) - np.sqrt((1 - following - variances) * power / (1 - power))  # of the mean in x_0
+        variances = variances + np.square(slopes) * of_clean
+    return Chain(timesteps[:-1], alpha_bar, np.sqrt(variances), clip_sample)
 
 
 @torch.no_grad()
 def prediction_errors(
-    predictor: Predictor, samples: torch.Tensor, schedule: NoiseSchedule, timesteps: np.ndarray, *, seed: int
+    predictor: Predictor,
+    samples: torch.Tensor,
+    schedule: NoiseSchedule,
+    timesteps: np.ndarray,
+    *,
+    seed: int,
+    batch_size: int = 1024,
 ) -> np.ndarray:
-    """Mean squared error of the noise prediction at each timestep, an entry, on noised samples; float64 (timesteps,).
+    """Mean squared error of an entry of the noise prediction on noised samples at each timestep, float64 (timesteps,).
 
-    For the exact prediction this is 1 - E[e^2], what Analytic-DPM uses; the error itself is known far better where it is
-    small, which the noisy end of the chain needs: there it is multiplied by up to s/a, more than a hundred.
+    For the exact prediction e it is 1 - E[e^2], the quantity of Analytic-DPM, but better known where it is small: at the
+    noisy end the chain multiplies it by more than a hundred.
     """
-    found = []
+    errors = []
     for timestep in timesteps.tolist():
         generator = np.random.Generator(np.random.Philox(key=[seed, 0xADB], counter=[0, 0, 0, timestep]))
         noise = torch.from_numpy(generator.standard_normal(samples.shape, dtype=np.float32)).to(samples)
-        each = torch.full((len(samples),), timestep, device=samples.device)
-        parts = zip(*(rows.split(1024) for rows in (samples, noise, each)), strict=True)
-        total = sum(
-            float((predictor(schedule.add_noise(x_0, drawn, t), t).float() - drawn).square().double().sum())
-            for x_0, drawn, t in parts
-        )
-        found.append(total / noise.numel())
-    return np.array(found)
+        total = 0.0
+        for x_0, drawn in zip(samples.split(batch_size), noise.split(batch_size), strict=True):
+            t = torch.full((len(x_0),), timestep, device=samples.device)
+            error = predictor(schedule.add_noise(x_0, drawn, t), t).float() - drawn
+            total += float(error.square().double().sum())
+        errors.append(total / noise.numel())
+    return np.array(errors)

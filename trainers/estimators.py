@@ -286,7 +286,7 @@ def _flow(
     timesteps: list[int],
     schedule: NoiseSchedule,
 ) -> torch.Tensor:
-    """`ode_log_likelihood` of one batch; `directions` (k, n, *sample_shape) probe the divergence, `scale` weighs each."""
+    """`ode_log_likelihood` of one batch: divergence along `directions` (k, n, *sample_shape), summed, times `scale`."""
     x = x_0.detach().clone().double()
     slope, divergence, change = torch.zeros_like(x), x.new_zeros(len(x)), x.new_zeros(len(x))
     angle = 0.0

@@ -1,15 +1,82 @@
 """Likelihood ratios r_i = q^i / q of samples by the conditional pretrained model: what unlearning keeps small on average."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from dualsweep.trainers.estimators import EXACT_DIVERGENCE_DIM, MAX_ROWS, log_likelihood_ratio, ode_log_likelihood
+from dualsweep.trainers.estimators import (
+    EXACT_DIVERGENCE_DIM,
+    MAX_ROWS,
+    Predictor,
+    RatioEstimate,
+    log_likelihood_ratio,
+    ode_log_likelihood,
+)
 from dualsweep.trainers.metrics import Draws
 from dualsweep.trainers.models import Denoiser
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.samplers import starting_noise
+
+
+def log_density_ratio(
+    a: Predictor, b: Predictor, x_0: torch.Tensor, schedule: NoiseSchedule, *, levels: int = 32, seed: int = 0
+) -> RatioEstimate:
+    """log p_a(x) - log p_b(x) of every sample.
+
+    For vectors of up to 8 dimensions the difference of the log densities that the probability-flow ODEs give, without
+    noise; they are those of the models' deterministic samples whether or not a prediction is the score of any noised law.
+    The integral over denoising errors (unlearning paper, Lemma 2) is 0.42 nats off there at 64 levels where the ODE is
+    0.08 off at 32 steps (root mean square, conditional MLP on three Gaussians of the plane). More dimensions have to make
+    do with it.
+
+    Args:
+        levels: steps of the ODE, or noise levels of the integral.
+        seed: of the integral's noise.
+    """
+    if not noiseless(x_0.shape[1:]):
+        return log_likelihood_ratio(a, b, x_0, schedule, levels=levels, seed=seed)
+    of_a, of_b = (ode_log_likelihood(predictor, x_0, schedule, steps=levels) for predictor in (a, b))
+    return RatioEstimate(of_a - of_b, torch.zeros_like(of_a))
+
+
+def log_likelihood_ratios(
+    base: Denoiser,
+    x_0: torch.Tensor,
+    schedule: NoiseSchedule,
+    *,
+    conditions: Sequence[int],
+    levels: int = 32,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log q^i(x) - log q(x) of every sample, with condition 0 of the model as q, and the standard errors.
+
+    As `log_density_ratio`; for vectors all conditions travel in one forward.
+
+    Args:
+        base: called as ``base(x_t, timestep, condition)``.
+        x_0: shape (n, *sample_shape), on the model's device; any number of samples.
+        conditions: of the sets asked for, from 1.
+        levels, seed: as for `log_density_ratio`.
+    Returns: values and standard errors in nats, float64 (n, m) each, no gradient.
+    """
+    if not len(x_0):
+        return (torch.zeros((0, len(conditions)), dtype=torch.float64, device=x_0.device),) * 2
+    if noiseless(x_0.shape[1:]):
+        laws = torch.tensor([0, *conditions], device=x_0.device)
+        parts = x_0.split(max(1, MAX_ROWS // len(laws)))
+        values = torch.cat([_ode_log_ratios(base, part, schedule, laws, levels) for part in parts])
+        return values, torch.zeros_like(values)
+
+    def under(condition: int) -> Predictor:
+        return lambda x_t, timestep: base(x_t, timestep, torch.full_like(timestep, condition))
+
+    found = [
+        log_density_ratio(under(condition), under(0), x_0, schedule, levels=levels, seed=seed)
+        for condition in conditions
+    ]
+    return torch.stack([ratio.values for ratio in found], dim=1), torch.stack([ratio.stderrs for ratio in found], dim=1)
 
 
 def likelihood_ratios(
@@ -21,40 +88,21 @@ def likelihood_ratios(
     levels: int = 32,
     seed: int = 0,
 ) -> torch.Tensor:
-    """q^i(x) / q(x) of every sample, with condition 0 of the model as q.
-
-    Vectors of up to 8 dimensions: the quotient of the densities that the model's probability-flow ODEs give, all
-    conditions in one forward, without noise. The integral over denoising errors (unlearning paper, Lemma 2) is 0.42 nats
-    off there at 64 levels where the ODE is 0.08 off at 32 steps (root mean square, conditional MLP on three Gaussians), and
-    the exponential of a noisy logarithm is too large on average. More dimensions have to make do with it: the estimate
-    is divided by exp(stderr^2 / 2), its mean factor for normal noise.
-
-    Args:
-        base: called as ``base(x_t, timestep, condition)``.
-        x_0: shape (n, *sample_shape), on the model's device; any number of samples.
-        conditions: of the sets asked for, from 1.
-        levels: steps of the ODE, or noise levels of the integral.
-        seed: of the integral's noise.
-    Returns: float64 (n, m), no gradient.
-    """
-    if not len(x_0):
-        return torch.zeros((0, len(conditions)), dtype=torch.float64, device=x_0.device)
-    if x_0[0].numel() <= EXACT_DIVERGENCE_DIM:
-        laws = torch.tensor([0, *conditions], device=x_0.device)
-        parts = x_0.split(max(1, MAX_ROWS // len(laws)))
-        return torch.cat([_ode_ratios(base, part, schedule, laws, levels) for part in parts])
-
-    def under(condition: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        return lambda x_t, timestep: base(x_t, timestep, torch.full_like(timestep, condition))
-
-    found = [
-        log_likelihood_ratio(under(condition), under(0), x_0, schedule, levels=levels, seed=seed)
-        for condition in conditions
-    ]
-    return torch.stack([(ratio.values - ratio.stderrs.square() / 2).exp() for ratio in found], dim=1)
+    """q^i(x) / q(x) of every sample, float64 (n, m), no gradient; arguments as for `log_likelihood_ratios`."""
+    return _exponential(*log_likelihood_ratios(base, x_0, schedule, conditions=conditions, levels=levels, seed=seed))
 
 
-def _ode_ratios(
+def _exponential(logarithms: torch.Tensor, stderrs: torch.Tensor) -> torch.Tensor:
+    """That of a noisy logarithm is too large on average, for normal noise by exp(stderr^2 / 2): divided out."""
+    return (logarithms - stderrs.square() / 2).exp()
+
+
+def noiseless(sample_shape: Sequence[int]) -> bool:
+    """Whether samples of this shape get their ratios without noise."""
+    return math.prod(sample_shape) <= EXACT_DIVERGENCE_DIM
+
+
+def _ode_log_ratios(
     base: Denoiser, x_0: torch.Tensor, schedule: NoiseSchedule, laws: torch.Tensor, levels: int
 ) -> torch.Tensor:
     given = laws.repeat_interleave(len(x_0))
@@ -63,7 +111,7 @@ def _ode_ratios(
         lambda x_t, timestep: base(x_t, timestep, given), copies, schedule, steps=levels, max_rows=len(copies)
     )
     of_q, of_sets = flat.view(len(laws), len(x_0)).tensor_split([1])
-    return (of_sets - of_q).exp().T
+    return (of_sets - of_q).T
 
 
 def ratio_draws(
@@ -81,21 +129,26 @@ def ratio_draws(
     counts: Mapping[int, int],
     shape: tuple[int, ...],
     num_sampling_steps: int,
+    log: bool = False,
     clip: float | None = None,
 ) -> Draws:
     """Ratios of the model's own samples, drawn by logical shard: rows (n, m), for `mean_measurement`.
 
     Args:
         sample: `Method.sample`.
-        clip: ratios above it count as it.
+        log: their logarithms instead, nats.
+        clip: values above it count as it.
     """
     start = starting_noise(seed=seed, counter=counter, shards=shards, counts=dict(counts), shape=shape)
     if not len(start):
         return Draws(np.zeros((0, len(conditions))))
     samples = sample(denoiser, multipliers, start, num_sampling_steps=num_sampling_steps)
-    # One call a shard: the noise of the integral then does not depend on who owns the other shards.
-    ratios = [
-        likelihood_ratios(
+    # The integral's noise is drawn shard by shard, so that it does not depend on who owns the other shards.
+    parts = {shards[0]: samples}
+    if not noiseless(shape):
+        parts = dict(zip(shards, samples.split([counts[shard] for shard in shards]), strict=True))
+    found = [
+        log_likelihood_ratios(
             base,
             part.to(multipliers.device),
             schedule,
@@ -103,7 +156,8 @@ def ratio_draws(
             levels=levels,
             seed=int(np.random.SeedSequence([seed, counter, shard]).generate_state(1)[0]),
         )
-        for shard, part in zip(shards, samples.split([counts[shard] for shard in shards]), strict=True)
+        for shard, part in parts.items()
     ]
-    rows = torch.cat(ratios)
+    values, stderrs = (torch.cat(each) for each in zip(*found, strict=True))
+    rows = values if log else _exponential(values, stderrs)
     return Draws((rows if clip is None else rows.clamp(max=clip)).cpu().numpy(), samples)

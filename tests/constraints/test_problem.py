@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dualsweep.constraints.domains import Capped, SumBelow
-from dualsweep.constraints.problem import UNITS, Constraint, Problem, resolved_threshold
+from dualsweep.constraints.problem import UNITS, Constraint, Problem, resolved_threshold, threshold_error
 
 RANGES = {
     "loss": st.floats(1e-6, 1e3),
@@ -25,14 +25,18 @@ def fairness(*shares, **changes):
     return Problem(**{"method": "fairness", "objective": "KL(q||p)", "constraints": constraints, **changes})
 
 
+@pytest.mark.parametrize("sense", [None, "<=", ">="])
 @pytest.mark.parametrize("unit", UNITS)
 @given(data=st.data())
-def test_user_and_canonical_values_invert_and_the_sense_says_which_side_is_satisfied(unit, data):
-    constraint = Constraint(name="c", unit=unit, threshold=data.draw(RANGES[unit]))
+def test_user_and_canonical_values_invert_and_the_sense_says_which_side_is_satisfied(unit, sense, data):
+    threshold = data.draw(RANGES[unit].filter(lambda b: threshold_error(b, unit, sense=sense) is None))
+    constraint = Constraint(name="c", unit=unit, threshold=threshold, sense=sense)
     value = data.draw(RANGES[unit])
     # -log and exp of a number below 1 lose a few units in the last place
     assert constraint.to_user(constraint.canonical(value)) == pytest.approx(value, rel=1e-12)
-    satisfied = value >= constraint.threshold if constraint.sense == ">=" else value <= constraint.threshold
+    wanted = sense or (">=" if unit in ("share", "reward") else "<=")
+    assert constraint.sense == wanted
+    satisfied = value >= constraint.threshold if wanted == ">=" else value <= constraint.threshold
     difference = constraint.canonical(value) - constraint.canonical_threshold
     assert (difference <= 0) == satisfied or value == pytest.approx(constraint.threshold, rel=1e-12)
 
@@ -43,13 +47,47 @@ def test_a_tenth_of_the_samples_is_log_ten_nats():
     assert problem.violation([math.log(20), math.log(5)]) == pytest.approx([math.log(2), 0.0])
 
 
+@pytest.mark.parametrize(
+    "unit, sense, value, canonical",
+    [
+        ("loss", "<=", 0.03, 0.03),
+        ("loss", ">=", 0.03, -0.03),
+        ("nats", "<=", 2.0, 2.0),
+        ("nats", ">=", 2.0, -2.0),
+        ("share", "<=", 0.1, -math.log(10)),
+        ("share", ">=", 0.1, math.log(10)),
+        ("likelihood_ratio", "<=", 0.3, 0.3),
+        ("likelihood_ratio", ">=", 0.3, -0.3),
+        ("reward", "<=", 0.5, 0.5),
+        ("reward", ">=", 0.5, -0.5),
+    ],
+)
+def test_the_canonical_metric_of_every_unit_and_sense(unit, sense, value, canonical):
+    constraint = Constraint(name="c", unit=unit, threshold=value, sense=sense)
+    assert constraint.canonical_threshold == constraint.canonical(value) == pytest.approx(canonical, abs=1e-15)
+    assert constraint.to_user(canonical) == pytest.approx(value, rel=1e-15)
+
+
+def test_forgetting_a_class_and_keeping_another_are_violated_on_opposite_sides():
+    """Forward-KL unlearning of a class is "at most this share", which is -KL(q^i||p) <= log of it (methods.md H3)."""
+    forget = Constraint(name="forget", unit="share", threshold=0.01, sense="<=")
+    keep = Constraint(name="keep", unit="share", threshold=0.2)
+    problem = fairness(constraints=(forget, keep))
+    metrics = [forget.canonical(0.02), keep.canonical(0.1)]
+    assert problem.violation(metrics) == pytest.approx([math.log(2), math.log(2)])
+    assert (problem.violation([forget.canonical(0.005), keep.canonical(0.4)]) < 0).all()
+
+
 def test_a_share_of_nothing_is_infinitely_far():
     assert Constraint(name="c", unit="share", threshold=0.1).canonical(0.0) == math.inf
+    assert Constraint(name="c", unit="share", threshold=0.1, sense="<=").canonical(0.0) == -math.inf
 
 
 def test_standard_errors_follow_the_unit():
     share = Constraint(name="c", unit="share", threshold=0.1)
     assert share.to_user_stderr(math.log(5), 0.1) == pytest.approx(0.02)
+    at_most = Constraint(name="c", unit="share", threshold=0.1, sense="<=")
+    assert at_most.to_user_stderr(-math.log(5), 0.1) == pytest.approx(0.02)
     assert Constraint(name="c", unit="reward", threshold=1.0).to_user_stderr(-1.0, 0.1) == 0.1
 
 
@@ -75,8 +113,24 @@ def test_a_threshold_that_can_never_hold_is_refused(unit, threshold, message):
         Constraint(name="c", unit=unit, threshold=threshold)
 
 
+def test_zero_nats_are_a_request_from_above_alone():
+    assert Constraint(name="c", unit="nats", threshold=0).canonical_threshold == 0.0
+    with pytest.raises(ValueError, match="at least so many nats must be > 0"):
+        Constraint(name="c", unit="nats", threshold=0, sense=">=")
+
+
+@pytest.mark.parametrize("sense", ["=", "", "ge", 1])
+def test_an_unknown_sense_is_refused(sense):
+    with pytest.raises(ValueError, match=r"'c': sense=.*'<=', '>='"):
+        Constraint(name="c", unit="nats", threshold=1.0, sense=sense)
+    with pytest.raises(ValueError, match=r"sense=.*'<=', '>='"):
+        threshold_error(1.0, "nats", sense=sense)
+
+
 def test_a_loss_of_zero_is_a_request_only_where_it_may_be_relaxed():
     assert Constraint(name="c", unit="loss", threshold=0, relaxation_cost=0.1).threshold == 0.0
+    with pytest.raises(ValueError, match=r"a loss must be > 0$"):
+        Constraint(name="c", unit="loss", threshold=0, relaxation_cost=0.1, sense=">=")
     with pytest.raises(ValueError, match="relaxation_cost=-1"):
         Constraint(name="c", unit="loss", threshold=0, relaxation_cost=-1)
 
@@ -95,6 +149,8 @@ def test_shares_that_leave_nothing_for_the_rest_are_refused(shares):
 
 def test_shares_below_one_and_large_thresholds_of_other_units_are_accepted():
     assert len(fairness(*(0.1,) * 9).constraints) == 9
+    at_most = tuple(Constraint(name=f"c{i}", unit="share", threshold=0.9, sense="<=") for i in range(3))
+    assert len(fairness(constraints=at_most).constraints) == 3
     losses = tuple(Constraint(name=f"c{i}", unit="loss", threshold=0.9) for i in range(3))
     assert len(fairness(constraints=losses).constraints) == 3
 
@@ -123,6 +179,10 @@ def test_new_thresholds_replace_all_or_none():
 def test_a_problem_survives_json():
     problem = fairness(0.1, 0.2, domain=SumBelow(1.0))
     assert Problem.from_dict(json.loads(json.dumps(problem.to_dict()))) == problem
+    forget = Constraint(name="c", unit="nats", threshold=3.0, sense=">=")
+    assert Constraint.from_dict(json.loads(json.dumps(forget.to_dict()))) == forget
+    older = {key: value for key, value in forget.to_dict().items() if key != "sense"}
+    assert Constraint.from_dict(older).sense == "<="
     with pytest.raises(ValueError, match=r"unknown keys \['weight'\]"):
         Problem.from_dict({**problem.to_dict(), "weight": 1})
 
@@ -133,15 +193,31 @@ def test_an_unconstrained_problem_has_empty_vectors():
     assert problem.violation([]).shape == (0,)
 
 
-def test_a_factor_multiplies_the_pretrained_loss():
-    assert resolved_threshold({"factor": 1.1}, "loss", pretrained=0.03) == pytest.approx(0.033)
-    assert resolved_threshold(0.05, "loss") == 0.05
-    for value, unit, pretrained, message in [
-        ({"factor": 1.1}, "share", 0.1, "unit loss"),
-        ({"factor": 1.1}, "loss", None, "no pretrained loss"),
-        ({"factor": -1}, "loss", 0.1, "threshold.factor=-1"),
-        ({"factor": 1.1}, "loss", math.nan, "pretrained loss=nan"),
-        ({"times": 1.1}, "loss", 0.1, "factor"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            resolved_threshold(value, unit, pretrained=pretrained)
+@pytest.mark.parametrize("unit", ["loss", "nats", "likelihood_ratio"])
+def test_a_factor_multiplies_the_pretrained_value(unit):
+    assert resolved_threshold({"factor": 1.1}, unit, pretrained=0.03) == pytest.approx(0.033)
+    assert resolved_threshold(0.05, unit) == 0.05
+    with pytest.raises(ValueError, match=f"no pretrained {words(unit)} to multiply"):
+        resolved_threshold({"factor": 1.1}, unit)
+    for pretrained in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=f"pretrained {words(unit)}={pretrained}"):
+            resolved_threshold({"factor": 1.1}, unit, pretrained=pretrained)
+
+
+def words(unit):
+    return {"nats": "divergence", "likelihood_ratio": "likelihood ratio"}.get(unit, unit)
+
+
+@pytest.mark.parametrize(
+    "value, unit, message",
+    [
+        ({"factor": 1.1}, "share", r"loss, nats, likelihood_ratio, got 'share' \(a share is already a fraction"),
+        ({"factor": 1.1}, "reward", "already counts standard deviations from the pretrained model"),
+        ({"factor": 1.1}, "percent", "unknown unit 'percent'"),
+        ({"factor": -1}, "loss", "threshold.factor=-1"),
+        ({"times": 1.1}, "loss", "factor"),
+    ],
+)
+def test_a_factor_of_nothing_is_refused(value, unit, message):
+    with pytest.raises(ValueError, match=message):
+        resolved_threshold(value, unit, pretrained=0.1)

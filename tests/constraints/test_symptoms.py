@@ -118,8 +118,9 @@ SICK = {
 @pytest.mark.parametrize("count", [20, 60, 200])
 @pytest.mark.parametrize("case", SICK)
 def test_each_sign_is_seen_in_a_run_that_has_it_and_no_other_is(case, count):
-    """Over 20 seeds at least 70 % of the runs show each expected sign (measured: 80 to 100 %; 70 % lies 1.1 standard
-    errors below 80 %, but seeds are fixed), and at most 5 % any other."""
+    """At least 14 of 20 seeded runs show each expected sign and at most one any other. Measured over 100 runs each: 82
+    to 86 % for the retention loss, which spends 16 % on runs that still improve, 93 % or more for the others, and none
+    that does not belong."""
     make, domain, expected = SICK[case]
     tally = collections.Counter()
     for seed in range(20):
@@ -174,17 +175,19 @@ def false_alarms(seeds):
 
 def test_healthy_runs_are_called_sick_in_fewer_than_two_percent():
     """Five seeds at each of ten lengths, three correlations and two kinds of run, three constraints each. Measured over
-    100 times as many: 0.2 %, so 2 % lies five standard errors of these 300 runs above it."""
+    6000 runs: 7 alarms, 0.1 %; 2 % of these 300 runs are 6, which a rate of 0.1 % reaches once in 10^6."""
     alarms, total = false_alarms(5)
     assert total == 300
     assert alarms / total < 0.02
 
 
-@pytest.mark.parametrize("weakened", [{"BEYOND": 0.0, "THROUGHOUT": 0.0}, {"BEYOND": 1.0, "STEEP": 0.0, "STILL": 0.9999}])
+@pytest.mark.parametrize(
+    "weakened", [{"BEYOND": 0.0, "THROUGHOUT": 0.0}, {"BEYOND": 1.0, "STEEP": 0.0, "STILL": 0.9999}]
+)
 def test_control_the_false_alarm_rate_rises_when_the_limits_are_weakened(weakened, monkeypatch):
     for name, value in weakened.items():
         monkeypatch.setattr(symptoms, name, value)
-    alarms, total = false_alarms(2)
+    alarms, total = false_alarms(2)  # measured over 300 runs: 8 and 15 %
     assert alarms / total > 0.02
 
 
@@ -213,6 +216,12 @@ def faint():
     return as_rows(1 + 0.1 * np.sin(place), 10 * ERROR * np.cos(place), np.ones(60))
 
 
+def quiet():
+    """A swinging multiplier whose violation changes sides beyond two standard errors but not three."""
+    place = np.arange(60)
+    return as_rows(1 + np.sin(np.pi * place / 3), (TOLERANCE + 2.5 * ERROR) * np.sign(np.cos(place)), np.ones(60))
+
+
 def unclear():
     """The multiplier rises while a violation of two standard errors a row may fall to half or not at all."""
     drawn = ERROR * noise(np.random.default_rng(4), 24, 1, 0.0)[:, 0]
@@ -237,6 +246,7 @@ def paid_for():
         (touching, LIMIT, {"AT_GUARD": 0.1}, "saturated multiplier"),
         (dying, None, {"DYING": 0.0}, "oscillating multiplier"),
         (faint, None, {"SWING": 0.01}, "oscillating multiplier"),
+        (quiet, None, {"BEYOND": 2.0}, "oscillating multiplier"),
         (unclear, None, {"ANSWER": np.inf}, "plateau"),
         (mild, None, {"STEEP": 0.01}, "retention loss"),
         (paid_for, None, {"STILL": 0.999999}, "retention loss"),
@@ -247,6 +257,19 @@ def test_a_near_miss_is_no_symptom_until_the_detector_is_weakened(make, domain, 
     for name, value in weakened.items():
         monkeypatch.setattr(symptoms, name, value)
     assert symptom in {name for name, _ in found(make(), domain=domain)}
+
+
+def test_half_a_swing_is_none():
+    phase = np.arange(60) / 8 - 1.54  # the violation changes sides at row 50, and only there in the last third
+    assert found(as_rows(1 + np.sin(phase), np.cos(phase), np.ones(60))) == set()
+    assert found(as_rows(1 + np.sin(3 * phase), np.cos(3 * phase), np.ones(60))) == {("oscillating multiplier", "c")}
+
+
+def test_a_metric_that_still_answers_is_no_plateau_however_little():
+    violations = np.concatenate([np.ones(30), np.linspace(1, 0.8, 30)])  # sure to fall, and by less than half
+    assert found(as_rows(np.linspace(0, 1, 60), violations, np.ones(60))) == set()
+    still = found(as_rows(np.linspace(0, 1, 60), np.ones(60), np.ones(60)))
+    assert {name for name, _ in still} == STANDING
 
 
 @pytest.mark.parametrize("error", [0.0, ERROR])
@@ -300,10 +323,23 @@ def test_too_few_rows_or_no_constraints_say_nothing():
     assert found([{**row, **empty} for row in rows], names=()) == set()
 
 
+def bare(rows):
+    return [{key: value for key, value in row.items() if key != "objective_stderr"} for row in rows]
+
+
 def test_retention_loss_is_seen_without_errors_of_the_objective_too():
     rows = run(able, 10, cost=lambda progress, _: 2 * max(0.0, progress - 0.5))
-    bare = [{key: value for key, value in row.items() if key != "objective_stderr"} for row in rows]
-    assert found(bare) == {("retention loss", None)}
+    assert found(bare(rows)) == {("retention loss", None)}
+
+
+def test_an_objective_without_errors_raises_no_more_false_alarms():
+    """Correlation 0.8, 300 runs at rest. Measured: 0.4 %, and 4 % if only the last third told how noisy they are."""
+    alarms = 0
+    for count in (20, 35, 60):
+        for seed in range(100):
+            rows = open_loop(np.random.default_rng([seed, count, 8]), count, 0.8)
+            alarms += bool(found(bare(rows), names=("a", "b", "c")))
+    assert alarms / 300 < 0.02
 
 
 @pytest.mark.parametrize(

@@ -98,13 +98,45 @@ def test_the_unit_is_part_of_the_id_and_whole_numbers_equal_floats():
         ("loss", {"factor": 1.1}, "c <= 1.1 x pretrained loss"),
         ("likelihood_ratio", 0.5, "c <= 0.5"),
         ("reward", -0.5, "c >= -0.5 sd"),
+        ("nats", {"factor": 0.5}, "c <= 0.5 x pretrained divergence"),
+        ("likelihood_ratio", {"factor": 0.5}, "c <= 0.5 x pretrained likelihood ratio"),
     ],
 )
 def test_labels_read_like_the_request(unit, value, label):
     assert grid_point({"c": value}, {"c": ("c",)}, unit).label == label
 
 
-def test_factors_of_the_pretrained_loss_work_in_every_form():
+@pytest.mark.parametrize(
+    "unit, value, sense, label",
+    [
+        ("nats", 3.0, ">=", "c >= 3 nats"),
+        ("nats", {"factor": 1.9}, ">=", "c >= 1.9 x pretrained divergence"),
+        ("share", 0.01, "<=", "c <= 0.01"),
+    ],
+)
+def test_a_sense_of_its_own_changes_the_label_and_nothing_else(unit, value, sense, label):
+    one = {"c": ("c",)}
+    (point,) = grid_points({"grid": {"c": [value]}}, one, unit, sense=sense)
+    own = grid_point({"c": value}, one, unit)
+    assert point.label == label
+    assert (point.id, point.thresholds) == (own.id, own.thresholds)
+
+
+def test_a_sense_of_its_own_decides_what_is_possible():
+    shares = {"list": [{"minority": 0.6, "other": 0.7}]}
+    assert len(grid_points(shares, GROUPS, "share", sense="<=")) == 1  # at most 0.6 of each can hold together
+    drawn = {"random": {"points": 2, "axes": {axis: {"uniform": [0.1, 0.9]} for axis in GROUPS}}}
+    assert len(grid_points(drawn, GROUPS, "share", sense="<=")) == 2
+    with pytest.raises(ValueError, match=r"sum to 1\.9"):
+        grid_points(shares, GROUPS, "share")
+    with pytest.raises(ValueError, match=r"thresholds\.grid\.c\[0\]=0: a divergence of at least"):
+        grid_points({"grid": {"c": [0]}}, {"c": ("c",)}, "nats", sense=">=")
+    with pytest.raises(ValueError, match=r"sense='=': give one of"):
+        grid_points(shares, GROUPS, "share", sense="=")
+
+
+@pytest.mark.parametrize("unit", ["loss", "nats", "likelihood_ratio"])
+def test_factors_of_the_pretrained_value_work_in_every_form(unit):
     one = {"c": ("c",)}
     factors = [{"factor": 0.5}, {"factor": 1.0}]
     for spec in (
@@ -113,10 +145,10 @@ def test_factors_of_the_pretrained_loss_work_in_every_form():
         {"grid": {"c": {"factor": {"linspace": [0.5, 1.0, 2]}}}},
         {"list": [{"c": {"factor": 0.5}}, {"c": {"factor": 1.0}}]},
     ):
-        assert [point.thresholds["c"] for point in grid_points(spec, one, "loss")] == factors
-    drawn = grid_points({"random": {"points": 2, "axes": {"c": {"factor": {"uniform": [0.5, 1]}}}}}, one, "loss")
+        assert [point.thresholds["c"] for point in grid_points(spec, one, unit)] == factors
+    drawn = grid_points({"random": {"points": 2, "axes": {"c": {"factor": {"uniform": [0.5, 1]}}}}}, one, unit)
     assert all(0.5 <= point.thresholds["c"]["factor"] <= 1 for point in drawn)
-    assert grid_points({"search": {"axes": {"c": {"factor": {"uniform": [0.5, 1]}}}}}, one, "loss") is None
+    assert grid_points({"search": {"axes": {"c": {"factor": {"uniform": [0.5, 1]}}}}}, one, unit) is None
 
 
 FULL = {"minority": [0.1], "other": [0.1]}
@@ -143,7 +175,8 @@ FULL = {"minority": [0.1], "other": [0.1]}
         ({"grid": {**FULL, "minority": {"linspace": [0.1, 0.2, 1]}}}, r"linspace\[2\]=1"),
         ({"grid": {**FULL, "minority": {"logspace": [0.2, 0.1, 3]}}}, "lo must be below hi"),
         ({"grid": {**FULL, "minority": {"logspace": [0.0, 0.1, 3]}}}, r"logspace\[0\]=0.0: a share"),
-        ({"grid": {**FULL, "minority": {"factor": [1.0]}}}, "only {factor: number > 0} in loss units"),
+        ({"grid": {**FULL, "minority": {"factor": [1.0]}}}, "a factor needs the unit loss, nats, .*already a fraction"),
+        ({"grid": {**FULL, "minority": [{"times": 2}]}}, "only {factor: number > 0} in the units loss, nats"),
         ({"grid": {"minority": [0.1]}}, r"no threshold for \['digit_7'\]"),
         ({"grid": {**FULL, "digit_4": [0.1]}}, "'digit_4' already gets a value from 'digit_4'; drop"),
         ({"grid": {**FULL, "majority": [0.1]}}, "thresholds.grid.majority: unknown axis.*'minority'"),

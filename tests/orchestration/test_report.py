@@ -19,7 +19,8 @@ from dualsweep.constraints.closed_forms import class_restriction_multipliers, cl
 from dualsweep.constraints.feasibility import certify
 from dualsweep.constraints.multipliers import DualState
 from dualsweep.constraints.problem import Constraint, Problem
-from dualsweep.orchestration.report import frontier_table, load_sweep, wilson_interval, write_report
+from dualsweep.orchestration.report import frontier_table, write_report
+from dualsweep.orchestration.sweep_record import load_sweep, wilson_interval
 from dualsweep.orchestration.trace import write_trace
 
 MINORITY = {"digit_4": 4, "digit_5": 5, "digit_7": 7}
@@ -365,18 +366,12 @@ def test_a_loss_sweep_reverses_its_axes_and_draws_the_relaxations(tmp_path):
 
 def test_thresholds_given_as_factors_are_shown_as_the_losses_they_became(tmp_path):
     sweep_dir = write_sweep(tmp_path / "sweep", "loss")
-    config = yaml.safe_load((sweep_dir / "sweep.yaml").read_text())
-    config["thresholds"]["relative"] = True
-    (sweep_dir / "sweep.yaml").write_text(yaml.safe_dump(config))
-    rows = json.loads((sweep_dir / "trials/loss-1/result.json").read_text())["constraints"]
-    factors = {
-        "thresholds": dict.fromkeys(MINORITY, 0.9),
-        "constraints": [{**row, "user_threshold": 0.9} for row in rows],
-    }
-    edit_result(sweep_dir, "loss-1", **factors)
+    factors = dict.fromkeys(MINORITY, {"factor": 0.9})
+    edit_result(sweep_dir, "loss-1", thresholds=factors)
+    edit_thresholds(sweep_dir, "loss-5", **factors)
     rows = {row["trial_id"]: row for row in frontier_table(sweep_dir)}
-    assert rows["loss-1"]["requested"] == 0.045  # the canonical threshold, not the factor 0.9
-    assert math.isnan(rows["loss-5"]["requested"])  # without a result nobody knows the loss behind the factor
+    assert rows["loss-1"]["requested"] == 0.045  # what the trial made of the factor
+    assert math.isnan(rows["loss-5"]["requested"])  # without a result nobody knows the loss behind it
 
 
 def test_the_frontier_crosses_infeasible_points_and_joins_only_those_that_hold(share_report):

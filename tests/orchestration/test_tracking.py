@@ -25,7 +25,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from dualsweep.orchestration import tracking
+from dualsweep.orchestration import outbox, tracking, tracking_uri
 from dualsweep.orchestration.trace import COLUMNS, VECTOR_COLUMNS, row_metrics, write_trace
 from dualsweep.orchestration.tracking import Tracker, check_tracking, resolve_tracking_uri, sync_sweep
 
@@ -91,7 +91,7 @@ def pipeline_folder(tmp_path_factory):
 def empty_database(tmp_path_factory):
     """An MLflow database with its tables: making them takes 2 s, copying them none."""
     path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    tracking._mlflow_client(f"sqlite:///{path}").search_experiments()
+    tracking_uri.mlflow_client(f"sqlite:///{path}").search_experiments()
     return path
 
 
@@ -335,7 +335,7 @@ def test_one_item_that_cannot_be_delivered_hides_no_other(uri, tmp_path):
 
 
 def test_rows_that_found_the_buffer_full_come_from_the_trace_file(uri, tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "MAX_BUFFERED_ROWS", 10)
+    monkeypatch.setattr(outbox, "MAX_BUFFERED_ROWS", 10)
     rows = make_rows(40)
     write_trace(rows, tmp_path / "trace.parquet", constraints=NAMES, trial_id="t1")
     with open_tracker(uri) as tracker:

@@ -26,7 +26,7 @@ ONLY_THIRD_PARTY = {
 # Package -> where it may be imported: a folder, or one file.
 CONFINED = {
     "ray": ("orchestration/", "trainers/worker.py"),
-    "mlflow": ("orchestration/tracking.py", "orchestration/pyfunc_model.py"),
+    "mlflow": ("orchestration/tracking", "orchestration/pyfunc_model.py"),  # tracking.py and tracking_uri.py
 }
 
 

@@ -1,7 +1,8 @@
 """Every estimator against numerical integrals on Gaussian mixtures with exact denoisers (methods.md 0.2, 0.3 and H7).
 
-Seeds are fixed. A random test allows 4 standard errors (false alarm: once in 16 000 seeds where the error is normal) plus
-0.1 percent of the value for what the schedule's ends leave out, and its control is a wrong formula that misses by far more.
+Seeds are fixed. A random test allows 4 standard errors (false alarm: once in 16 000 seeds where the error is normal)
+plus 0.1 percent of the value for what the schedule's ends leave out; its control is a wrong formula that misses by far
+more.
 """
 
 import math
@@ -344,7 +345,7 @@ THETA, STEP = 0.3, 1e-5
 
 
 def compare_gradient(loss):
-    """`loss(theta) -> (Estimate, Tilted p)`: autograd against central differences under common noise. Returns: the gradient."""
+    """Autograd of `loss(theta) -> (Estimate, Tilted p)` against central differences under common noise; returns it."""
     estimate, p = loss(THETA)
     assert estimate.loss.item() == pytest.approx(estimate.value, rel=1e-12)
     estimate.loss.backward()
@@ -384,14 +385,14 @@ def test_samples_with_a_graph_add_their_part_of_the_point_kl_gradient():
 
     def loss(theta, moving=True):
         p = Tilted(PLANE[0], theta)
-        shift = p.theta * torch.tensor([0.5, -0.2])
-        return point_kl(p, q, x_0 + (shift if moving else shift.detach()), SCHEDULE, levels=16, differentiable=True), p
+        shift = p.theta * torch.tensor([3.0, 0.0], dtype=torch.float64)
+        samples = x_0 + (shift if moving else shift.detach())
+        return point_kl(p, q, samples, SCHEDULE, levels=16, differentiable=True), p
 
     estimate, p = loss(THETA, moving=False)
     estimate.loss.backward()
-    assert (
-        abs(compare_gradient(loss) / p.theta.grad.item() - 1) > 0.02
-    )  # the gradient at fixed samples is another number
+    fixed = p.theta.grad.item()
+    assert abs(compare_gradient(loss) / fixed - 1) > 5e-3  # at fixed samples it is another number
 
 
 def test_a_trajectory_with_a_graph_adds_its_part_of_the_path_kl_gradient():
@@ -404,7 +405,7 @@ def test_a_trajectory_with_a_graph_adds_its_part_of_the_path_kl_gradient():
 
     estimate, p = loss(THETA, moving=False)
     estimate.loss.backward()
-    assert abs(compare_gradient(loss) / p.theta.grad.item() - 1) > 0.02
+    assert abs(compare_gradient(loss) / p.theta.grad.item() - 1) > 5e-3
 
 
 def test_nothing_keeps_a_graph_unless_asked_to():
@@ -533,7 +534,7 @@ def test_the_standard_error_of_a_normaliser_is_the_spread_of_its_values(both):
         u_q, u_p = exponents(LINE, (400, 200), 0.5, seed)
         value, stderr = log_normalizer(u_q, u_p if both else None)
         found.append((value - 0.5) / stderr)
-    # 4 standard errors of the mean and of the standard deviation of 300 values; log-mean-exp is biased by -1/2 variance.
+    # 4 standard errors of the mean and of the standard deviation of 300 values; log-mean-exp is biased downwards.
     assert abs(np.mean(found)) < 0.23 + (0 if both else 0.1)
     assert np.std(found, ddof=1) == pytest.approx(1, abs=0.17)
 
@@ -614,7 +615,7 @@ STATES = torch.zeros(2, 4, 2)
 BAD = {
     "one level": (lambda: point_kl(same, same, X_0, SCHEDULE, levels=1), "levels=1"),
     "one level of a ratio": (lambda: log_likelihood_ratio(same, same, X_0, SCHEDULE, levels=1), "levels=1"),
-    "two levels, one repeat": (lambda: log_likelihood_ratio(same, same, X_0, SCHEDULE, levels=2), "3 levels or 2 repeats"),
+    "two levels, one repeat": (lambda: log_likelihood_ratio(same, same, X_0, SCHEDULE, levels=2), "3 levels or 2"),
     "one step": (lambda: ode_log_likelihood(same, X_0, SCHEDULE, steps=1), "steps=1"),
     "no repeats": (lambda: point_kl(same, same, X_0, SCHEDULE, repeats=0), "repeats=0"),
     "no rows": (lambda: point_kl(same, same, X_0, SCHEDULE, max_rows=0), "max_rows=0"),

@@ -151,7 +151,9 @@ class Method:
     @classmethod
     def options(cls, formulation: Mapping[str, Any]) -> dict[str, Any]:
         """Its options: what the `formulation` section gives, else the defaults."""
-        return {key: default if formulation.get(key) is None else formulation[key] for key, default in cls.defaults.items()}
+        return {
+            key: default if formulation.get(key) is None else formulation[key] for key, default in cls.defaults.items()
+        }
 
     @classmethod
     def check(cls, config: Mapping[str, Any], names: Sequence[str]) -> None:

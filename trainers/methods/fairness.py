@@ -19,23 +19,24 @@ from dualsweep.constraints.closed_forms import (
     resilient_class_restriction_multipliers,
 )
 from dualsweep.trainers.methods.base import Batch, Method, PrimalTerms
-from dualsweep.trainers.methods.denoising import denoising_terms
+from dualsweep.trainers.methods.denoising import denoising_terms, stream_weights
+from dualsweep.trainers.methods.divergences import DivergenceConstraints
 from dualsweep.trainers.oracles import Oracle
 
 
-class Fairness(Method):
+class Fairness(DivergenceConstraints):
     name = "fairness"
-    units = ("share", "loss")
+    units = ("share", "loss", "nats")
     group = "minority"
 
     def primal_loss(self, denoiser: torch.nn.Module, batch: Batch, multipliers: torch.Tensor) -> PrimalTerms:
-        weights = torch.cat([multipliers.new_ones(1), multipliers])
-        if self.setting.optimizer.get("normalize", True):
-            weights = weights / (1.0 + multipliers.sum())
+        weights = stream_weights(multipliers, normalize=self.setting.optimizer.get("normalize", True))
         return denoising_terms(denoiser, self.setting.schedule, batch, weights)
 
     def exact(self, constraints: Sequence[Constraint], rule: Mapping[str, Any]) -> Oracle | None:
-        """Class restrictions asked for in shares (methods.md H1); also for images, whose density nobody knows."""
+        """Class restrictions asked for in shares (methods.md H1), also of images; divergences in nats of known laws."""
+        if self.setting.unit == "nats":
+            return self.exact_divergences(constraints, rule)
         data = self.setting.data
         if self.setting.unit != "share" or not constraints:
             return None
@@ -45,19 +46,13 @@ class Fairness(Method):
             multipliers = resilient_class_restriction_multipliers(epsilon, prior, rule["relaxation_cost"])
         else:
             multipliers = class_restriction_multipliers(epsilon, prior)
-        log_density = None
-        if data.mixture is not None:
-            weights = data.mixture.weights.copy()
-            for constraint, multiplier in zip(constraints, multipliers, strict=True):
-                weights[data.constraint_classes[constraint.name]] += multiplier
-            log_density = data.mixture.with_weights(weights).log_density
         objective = class_restriction_objective(multipliers, prior)
         metrics = -np.log(class_restriction_shares(multipliers, prior))
         return Oracle(
             multipliers=multipliers,
             objective=objective,
             metrics=metrics,
-            log_density=log_density,
+            log_density=self.class_density(constraints, multipliers),
             level=None,
             dual_value=objective + float(multipliers @ (metrics - np.asarray(epsilon))),
         )

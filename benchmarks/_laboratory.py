@@ -1,0 +1,103 @@
+"""Sweeps of the two-dimensional laboratory without Ray: every point of an example file, several seeds, a few processes."""
+
+import fcntl
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dualsweep.orchestration.config import SweepConfig, load_config, sweep_points
+from dualsweep.orchestration.local_dual import LocalDual
+from dualsweep.trainers.assignment import Assignment
+from dualsweep.trainers.loop import run_trial
+from dualsweep.trainers.workspace import Workspace
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One example file with overrides and a seed (of data, model, draws alike); all its points run in one process."""
+
+    name: str
+    example: str
+    seed: int
+    overrides: tuple[str, ...] = ()
+
+    def config(self, folder: Path) -> SweepConfig:
+        seeds = (f"seed={self.seed}", f"data.seed={self.seed}", f"storage={folder}")
+        return load_config(EXAMPLES / self.example, [*seeds, *self.overrides], environment=False)
+
+
+@dataclass
+class Finished:
+    """What a job left."""
+
+    job: Job
+    results: list[dict[str, Any]] = field(default_factory=list)  # result.json of every point, in order
+    traces: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by trial id
+    folder: Path | None = None  # holds trials/<trial id>/
+    base_dir: Path | None = None
+    pretrain_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+def run(job: Job, folder: Path) -> Finished:
+    """All points of a job, after the pretrained model they start from (shared with other jobs in `folder`)."""
+    torch.set_num_threads(1)
+    config = job.config(folder)
+    workspace = Workspace(config.to_dict(), config.data)
+    base_dir = folder / "bases" / config.base_key(workspace.pretraining_sets)
+    done = Finished(job, folder=folder / f"{job.name}-{job.seed}", base_dir=base_dir)
+    base = {"trial_id": "base", "label": "base", "kind": "base", "thresholds": {}, "fixed_weight": None}
+
+    def train(point: dict[str, Any], dual: LocalDual) -> dict[str, Any]:
+        trial_dir = str(done.folder / "trials" / point["trial_id"])
+        return run_trial(workspace, Assignment(**point, trial_dir=trial_dir, base_dir=str(base_dir), attempt=1), dual)
+
+    base_dir.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with open(base_dir / "lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base_dir / "base.json").exists():
+            train(base, LocalDual())
+    done.pretrain_seconds, start = time.perf_counter() - start, time.perf_counter()
+    for point in sweep_points(config, workspace.constraint_names):
+        dual = LocalDual()
+        done.results.append(train(point, dual))
+        done.traces[point["trial_id"]] = dual.trace(point["trial_id"])
+    done.seconds = time.perf_counter() - start
+    return done
+
+
+def run_all(jobs: Sequence[Job], folder: Path, *, processes: int) -> Iterator[Finished]:
+    """Jobs as they finish, `processes` at a time, one thread each."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for future in as_completed([pool.submit(run, job, folder) for job in jobs]):
+            yield future.result()
+
+
+def multiplier_errors(result: dict[str, Any]) -> dict[str, float]:
+    """By constraint |settled - exact| / max(exact, 0.4): 0.05 is 5 %, or 0.02 in absolute terms below 0.4."""
+    exact, settled = result["exact_multipliers"], result["averaged_multipliers"]
+    return {name: abs(settled[name] - value) / max(value, 0.4) for name, value in exact.items()}
+
+
+def violations_in_se(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """By constraint (violation, its standard error) on fresh draws: above the level of a min-max problem or the relaxation."""
+    level = result["certificate"].get("level") or 0.0
+    granted = {name: level + relaxation for name, relaxation in result["relaxations"].items()}
+    return {row["name"]: (row["violation"] - granted[row["name"]], row["stderr"]) for row in result["constraints"]}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over seeds and its standard error."""
+    values = np.asarray(values, dtype=float)
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")

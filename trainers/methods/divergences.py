@@ -1,0 +1,170 @@
+"""KL(q^i||p) in nats as the metric of a constraint: shared by fairness, adaptation and forward-KL unlearning.
+
+The divergence is the point KL of two noise predictions, the pretrained model's for q^i and the current model's, on samples
+of q^i. Both see the same noised samples, so what it says does not depend on how hard the set is to denoise.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from dualsweep.constraints import Constraint
+from dualsweep.trainers.estimators import MAX_ROWS, Predictor, point_kl
+from dualsweep.trainers.evaluate import EVALUATION_COUNTER
+from dualsweep.trainers.labellers import Labeller
+from dualsweep.trainers.methods.base import Method
+from dualsweep.trainers.metrics import Draws, Measurement, mean_measurement
+from dualsweep.trainers.oracles import Oracle, forward_kl
+
+MOST_NUMBERS = 2**20  # of the noised samples in one forward: 8192 points of the plane, 341 images of 3x32x32
+
+
+class DivergenceConstraints(Method):
+    """A formulation whose constraints may be divergences of the sets' laws from the model.
+
+    The pretrained model then learns every set under a condition of its own, which is what the law of a set means here.
+    """
+
+    conditional_units = ("nats",)
+    defaults: ClassVar = {"levels": 32}  # log-SNR levels of a divergence
+
+    def law(self, name: str) -> Predictor:
+        """Noise prediction of a set's law by the pretrained model; no graph.
+
+        Raises: ValueError if the pretrained model was not trained on the set.
+        """
+        base, condition = self.setting.base, 1 + list(self.setting.data.constraints).index(name)
+        if base.num_conditions <= condition:
+            raise ValueError(
+                f"model.pretrained: the model knows {base.num_conditions} conditions, thresholds.unit={self.setting.unit!r} "
+                f"needs {1 + len(self.setting.data.constraints)}, one for main and one a set; remove model.pretrained "
+                "to train one, or use another unit"
+            )
+        return self._frozen(condition)
+
+    def _frozen(self, condition: int | None = None) -> Predictor:
+        @torch.no_grad()
+        def predict(x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            given = [] if condition is None else [torch.full_like(timestep, condition)]
+            return self.setting.base(x_t, timestep, *given).float()
+
+        return predict
+
+    def law_samples(self, name: str, count: int, *, counter: int, shard: int, num_sampling_steps: int) -> torch.Tensor:
+        """Samples of a set's law on the device, addressed by (seed, name, counter, shard).
+
+        A dual step draws from the training samples with replacement, an evaluation from the held-out ones.
+        """
+        data, device = self.setting.data, self.setting.device
+        samples = self.setting.tensors[name]
+        if counter >= EVALUATION_COUNTER:
+            samples = torch.from_numpy(data.held_out_constraints[name]).to(device)
+        index = self.generator(name, counter, shard).integers(len(samples), size=count)
+        return samples[torch.from_numpy(index).to(device)]
+
+    def generator(self, name: str, counter: int, shard: int, purpose: int = 0) -> np.random.Generator:
+        """Random numbers that no other measurement draws."""
+        position = self.setting.names.index(name)
+        key, address = [self.setting.seed, 0xD1FE + purpose], [0, position, counter, shard]
+        return np.random.Generator(np.random.Philox(key=key, counter=address))
+
+    def measure(
+        self,
+        denoiser: torch.nn.Module,
+        multipliers: torch.Tensor,
+        *,
+        counter: int,
+        shards: Sequence[int],
+        counts: Mapping[int, int],
+        num_sampling_steps: int,
+        labeller: Labeller | None = None,
+    ) -> Draws | None:
+        """In nats: the point KL of every drawn sample of every set, one column a set."""
+        if not self.setting.names or not self.measures_rows:
+            return super().measure(
+                denoiser,
+                multipliers,
+                counter=counter,
+                shards=shards,
+                counts=counts,
+                num_sampling_steps=num_sampling_steps,
+                labeller=labeller,
+            )
+        was_training = denoiser.training
+        denoiser.eval()
+        parts = [np.zeros((0, len(self.setting.names)))]
+        for shard in shards:
+            if counts[shard]:
+                drawn = {"counter": counter, "shard": shard}
+                columns = [
+                    self.row_values(
+                        name,
+                        denoiser,
+                        self.law_samples(name, counts[shard], num_sampling_steps=num_sampling_steps, **drawn),
+                        self.generator(name, counter, shard, purpose=1),
+                    )
+                    for name in self.setting.names
+                ]
+                parts.append(torch.stack(columns, dim=1).double().cpu().numpy())
+        denoiser.train(was_training)
+        return Draws(np.concatenate(parts))
+
+    @property
+    def most_rows(self) -> int:
+        """Samples in one forward without gradients."""
+        return max(1, min(MAX_ROWS, MOST_NUMBERS // math.prod(self.setting.data.sample_shape)))
+
+    @property
+    def measures_rows(self) -> bool:
+        """Whether the metrics are means of `row_values`."""
+        return self.setting.unit == "nats"
+
+    def row_values(
+        self, name: str, denoiser: torch.nn.Module, x_0: torch.Tensor, generator: np.random.Generator
+    ) -> torch.Tensor:
+        """The metric of one set on each of these samples of its law; here the point KL of the law from the model."""
+        estimate = point_kl(
+            self.law(name),
+            denoiser,
+            x_0,
+            self.setting.schedule,
+            levels=self.setting.options["levels"],
+            seed=int(generator.integers(2**63)),
+            max_rows=self.most_rows,
+        )
+        return estimate.per_sample
+
+    def measurement(self, rows: np.ndarray, multipliers: np.ndarray) -> Measurement:
+        return mean_measurement(rows) if self.measures_rows else super().measurement(rows, multipliers)
+
+    def class_density(
+        self, constraints: Sequence[Constraint], shifts: np.ndarray
+    ) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Log density of main with `shifts` added to the weights of the constraints' classes; None of unknown laws."""
+        data = self.setting.data
+        if data.reference_mixture is None:
+            return None
+        weights = np.array([data.prior[index] for index in range(data.reference_mixture.num_components)])
+        weights[[data.constraint_classes[constraint.name] for constraint in constraints]] += shifts
+        present = np.flatnonzero(weights > 0).tolist()
+        return data.reference_mixture.restricted(present).with_weights(weights[present]).log_density
+
+    def exact_divergences(
+        self,
+        constraints: Sequence[Constraint],
+        rule: Mapping,
+        *,
+        at_least: bool = False,
+        caps: Sequence[float] | None = None,
+    ) -> Oracle | None:
+        """The exact answer in nats where all laws are known; None for relaxed thresholds and those nobody can meet."""
+        if self.mixtures is None or not constraints or rule["rule"] in ("resilient", "resilient_explicit"):
+            return None
+        main, sets = self.mixtures
+        try:
+            return forward_kl(main, sets, [c.threshold for c in constraints], at_least=at_least, caps=caps)
+        except ValueError:
+            return None
