@@ -287,13 +287,24 @@ def _column(rows: Sequence[Mapping], key: str, width: int, missing: float | None
 
     Raises: ValueError naming the row and the entry.
     """
-    column = []
-    for i, row in enumerate(rows):
-        value = row.get(key)
-        if value is None and missing is not None:
-            value = np.full(width, missing)
-        entry = np.atleast_1d(np.asarray(value, dtype=np.float64)) if value is not None else np.empty(0)
-        if entry.shape != (width,) or not np.isfinite(entry).all():
+    values = [row.get(key) for row in rows]
+    if missing is not None:
+        values = [[missing] * width if value is None else value for value in values]
+    try:
+        column = np.array(values, dtype=np.float64).reshape(len(rows), -1)
+        if column.shape == (len(rows), width) and np.isfinite(column).all():
+            return column
+    except (TypeError, ValueError):  # rows of different lengths, or no numbers: named below
+        pass
+    for i, value in enumerate(values):
+        if not _are_numbers(value, width):
             raise ValueError(f"trace row {i}: {key}={value!r}: give {width} finite numbers")
-        column.append(entry)
-    return np.array(column)
+    raise ValueError(f"trace: {key} mixes numbers and lists; write every row alike")
+
+
+def _are_numbers(value: object, width: int) -> bool:
+    try:
+        entry = np.atleast_1d(np.asarray(value, dtype=np.float64))
+    except (TypeError, ValueError):
+        return False
+    return entry.shape == (width,) and bool(np.isfinite(entry).all())

@@ -1,6 +1,7 @@
 """The figures of a sweep's report, drawn from what ``sweep_record.load_sweep`` read; here those of requests and costs."""
 
 import math
+import textwrap
 from itertools import pairwise
 from pathlib import Path
 
@@ -139,11 +140,11 @@ def _draw_curves(axes: Axes, sweep: Sweep) -> list[Line2D]:
     curves = [
         (wider if wider != front else [], ":", SKY, 2.2, "front if the undecided hold"),
         (front, "-", SKY, 3, "Pareto front of the points that hold"),
-        (weighed, (0, (5, 2, 1, 2)), ORANGE, 1.5, f"{_fixed_name(sweep.method)}, by weight".replace("weights, ", "")),
+        (weighed, (0, (5, 2, 1, 2)), ORANGE, 1.5, f"{_fixed_name(sweep.method)}, in order"),
     ]
     handles = []
     for trials, style, color, width, says in curves:
-        if len(trials) > 1 or (trials and trials is front):
+        if len(trials) > 1:
             xy = [(trial.achieved[0] * sweep.unit.scale, trial.objective) for trial in trials]
             handles += axes.plot(*zip(*xy, strict=True), linestyle=style, color=color, lw=width, label=says, zorder=1)
     return handles
@@ -353,7 +354,7 @@ def _objective_name(sweep: Sweep) -> str:
     units = {(trial.result.get("objective") or {}).get("unit") for trial in sweep.trials if trial.drawable} - {None}
     # "KL(q||p) above the unconstrained run's, on held-out main data": the axis has room for the first half.
     name = sweep.objective_meaning.split(",")[0].replace("||", "‖")
-    return f"cost: {name} ({', '.join(sorted(units)) or 'nats'})"
+    return textwrap.fill(f"cost: {name} ({', '.join(sorted(units)) or 'nats'})", 44)
 
 
 def _place_labels(axes: Axes, trials: list[Trial], everything: list[Trial]) -> None:

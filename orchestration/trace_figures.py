@@ -89,8 +89,8 @@ def _traces_by_constraint(sweep: Sweep, column: str, label: str, exact: str = ""
     tops = [top for top in tops if finite(top) and top > 0]
     if tops and max(tops) > 8 * min(tops):  # a linear axis would press the mild requests flat
         panels[0].set_yscale("symlog", linthresh=min(tops))
-        panels[0].set_ylim(bottom=0)
         panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panels[0].set_ylim(bottom=0)
     name_axes(panels, "primal step", label)
     shown = list(handles.values())
     shown = shown if len(shown) <= 12 else thinned(shown, 12)

@@ -114,7 +114,7 @@ def solve(formulation: Formulation, thresholds: ArrayLike, domain: DualDomain | 
         formulation = fitted
     if residual > _tolerance(thresholds):
         raise _out_of_reach(formulation, thresholds, multipliers, f"a residual of {residual:.3g} is left")
-    if False:
+    if multipliers.max() > LARGEST_MULTIPLIER * (1 - 1e-6):
         raise _out_of_reach(formulation, thresholds, multipliers, "they are met in the limit only")
     return oracle_at(formulation, multipliers, thresholds)
 

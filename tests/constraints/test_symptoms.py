@@ -333,13 +333,14 @@ def test_retention_loss_is_seen_without_errors_of_the_objective_too():
 
 
 def test_an_objective_without_errors_raises_no_more_false_alarms():
-    """Correlation 0.8, 300 runs at rest. Measured: 0.4 %, and 4 % if only the last third told how noisy they are."""
+    """Correlation 0.9, 240 runs at rest. Measured over 400: 0.8 %, and 5.3 % if only the last third told how noisy
+    they are, so the limit lies 2 standard errors from either."""
     alarms = 0
-    for count in (20, 35, 60):
-        for seed in range(100):
-            rows = open_loop(np.random.default_rng([seed, count, 8]), count, 0.8)
+    for count in (35, 60):
+        for seed in range(120):
+            rows = open_loop(np.random.default_rng([seed, count, 9]), count, 0.9)
             alarms += bool(found(bare(rows), names=("a", "b", "c")))
-    assert alarms / 300 < 0.02
+    assert alarms / 240 < 0.02
 
 
 @pytest.mark.parametrize(
@@ -348,7 +349,8 @@ def test_an_objective_without_errors_raises_no_more_false_alarms():
         ({"violations": [0.1, 0.2]}, r"trace row 3: violations=\[0.1, 0.2\]: give 1 finite numbers"),
         ({"multipliers": [np.nan]}, "trace row 3: multipliers"),
         ({"objective": None}, "trace row 3: objective=None"),
-        ({"dual_step": "x"}, "could not convert"),
+        ({"dual_step": "x"}, "trace row 3: dual_step='x': give 1 finite numbers"),
+        ({"dual_step": [4]}, "dual_step mixes numbers and lists"),
     ],
 )
 def test_a_damaged_row_is_refused(change, message):

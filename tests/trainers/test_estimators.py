@@ -227,6 +227,18 @@ def test_path_kl_and_the_chains_end_in_two_dimensions():
     assert (np.abs(ends.var(0) - variance) < 4 * variance * math.sqrt(2 / 4000)).all()
 
 
+def test_each_step_of_a_chain_adds_its_own_noise():
+    noise = noise_for(3, 2, 2)
+    trajectory = ddpm_trajectory(lambda x_t, _: torch.ones_like(x_t), noise, SCHEDULE, timesteps=[500, 100])
+    now, later = SCHEDULE.alpha_bar[[500, 100]]
+    x_t = noise[:, 0]
+    for step, (power, alpha) in enumerate([(now, now / later), (later, later)]):
+        torch.testing.assert_close(trajectory.states[step], x_t, rtol=1e-12, atol=1e-12)
+        mean = (x_t - (1 - alpha) / math.sqrt(1 - power)) / math.sqrt(alpha)
+        x_t = mean + math.sqrt(1 - alpha) * noise[:, step + 1]
+    torch.testing.assert_close(trajectory.x_0, x_t, rtol=1e-12, atol=1e-12)
+
+
 # ---- log likelihood ratios
 
 
@@ -444,6 +456,17 @@ def test_the_flows_density_integrates_to_one():
     axis = torch.linspace(-4, 4, 401, dtype=torch.float64)[:, None]
     values = ode_log_likelihood(Exact(LINE[0]), axis, SCHEDULE, max_rows=100)
     assert float(values.exp().sum() * 0.02) == pytest.approx(1, abs=2e-3)  # Heun's error at 128 steps
+
+
+def test_the_flow_starts_at_clean_data():
+    law = GaussianMixture(
+        np.array([[0.0]]), np.array([0.05]), np.ones(1)
+    )  # only 5 times the first level's noise of 0.01
+    x_0 = torch.tensor([[-0.1], [0.0], [0.05], [0.15]], dtype=torch.float64)
+    values, exact = ode_log_likelihood(Exact(law), x_0, SCHEDULE, steps=1000), torch.from_numpy(law.log_density(x_0))
+    torch.testing.assert_close(values, exact, rtol=0, atol=5e-3)
+    noisy = torch.from_numpy(law.noised(SCHEDULE.alpha_bar[0]).log_density(x_0))
+    assert float((noisy - exact).abs().max()) > 0.1  # control: the density of data with the first level's noise
 
 
 def test_more_steps_converge_with_the_second_order():
