@@ -24,8 +24,6 @@ preferences have no finite optimum (methods.md H7b), and the constraint is what 
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import expit
 
 from dualsweep.constraints.checks import checked_number
 
@@ -61,14 +59,18 @@ def preference_optimum(*, preferred: float, rejected: float, beta: float, thresh
         """KL(q||p) where the rejected class keeps this logarithm of a fraction."""
         return -preferred * np.log1p(rejected * -np.expm1(kept) / preferred) - rejected * kept
 
-    # Solved for log(w-/pi-): the share that is left may be far below round-off of 1. The preferred class gains at most
-    # log(1 / preferred), so the divergence exceeds the threshold at this lower end.
-    low = -(threshold + 1) / rejected - preferred / rejected * np.log(1 / preferred)
-    kept = brentq(lambda value: divergence(value) - threshold, low, 0.0, xtol=1e-15, rtol=1e-14)
+    # Bisection for log(w-/pi-), since the share that is left may be far below round-off of 1. The preferred class gains at
+    # most log(1 / preferred) a sample, so at the lower end the divergence exceeds the threshold.
+    low, high = -(threshold + 1 - preferred * np.log(preferred)) / rejected, 0.0
+    middle = low / 2
+    while low < middle < high:
+        low, high = (middle, high) if divergence(middle) > threshold else (low, middle)
+        middle = (low + high) / 2
+    kept = middle
     moved = -rejected * np.expm1(kept)
     margin = float(np.log1p(moved / preferred) - kept)
     return PreferenceOptimum(
-        multiplier=float(beta * expit(-beta * margin) / moved),
+        multiplier=float(beta * np.exp(-np.logaddexp(0.0, beta * margin)) / moved),
         moved=float(moved),
         margin=margin,
         loss=float(np.logaddexp(0.0, -beta * margin)),

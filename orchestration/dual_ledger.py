@@ -16,6 +16,7 @@ from dualsweep.constraints import (
     complementarity_residual,
     infeasibility,
     kkt_residual,
+    min_max_level,
     rule_from_config,
 )
 from dualsweep.trainers.dual_client import Reply
@@ -150,6 +151,7 @@ def _row(
 ) -> dict[str, Any]:
     """The trace row of a dual step; `state` is the one after it."""
     grad_norm = measurement["grad_norm"]
+    level = min_max_level(state.multipliers, violation - state.relaxations, problem.domain)
     return {
         "dual_step": state.step,
         "primal_step": measurement["primal_step"],
@@ -168,7 +170,7 @@ def _row(
         "violations": violation.tolist(),
         "violation_stderrs": list(measurement["metric_stderrs"]),
         "smoothed_violations": state.rule_state["smoothed_violation"].tolist(),
-        "infeasibility": infeasibility(violation, state.relaxations),
+        "infeasibility": infeasibility(violation, state.relaxations + (0.0 if level is None else level)),
         "complementarity": complementarity_residual(state, violation, problem.domain),
         "stationarity": grad_norm,
         "kkt_residual": kkt_residual(state, violation, grad_norm, problem.domain),

@@ -206,7 +206,7 @@ def levels(sweep: Sweep) -> Figure | None:
 
 
 def achieved(sweep: Sweep) -> Figure | None:
-    """What each constraint reached against what was asked of it; the shaded side is where the request is met."""
+    """By how much each constraint meets what was asked of it: above zero the request is met, in either sense."""
     rows = [
         (row["name"], trial, trial.requests[row["name"]], trial.user(row, "value"), trial.user(row, "stderr"))
         for trial in sweep.of_kind("constrained")
@@ -216,37 +216,21 @@ def achieved(sweep: Sweep) -> Figure | None:
     if not rows:
         return None
     unit, scale = sweep.unit, sweep.unit.scale
-    figure = new_figure(8.5, 6.2)
+    figure = new_figure(8.5, 5.6)
     axes = figure.subplots()
     names = list(dict.fromkeys(name for name, *_ in rows))
-    asked = np.array([row[2] for row in rows]) * scale
-    reached = np.array([row[3] for row in rows]) * scale
-    gaps = np.diff(np.unique(asked))
+    asked = np.unique([row[2] for row in rows]) * scale
+    gaps = np.diff(asked)
+    # Side by side so that bars can be told apart; the margin, unlike the value, reads the same wherever a marker stands.
     dodge = 0.14 * (gaps.min() if gaps.size else max(abs(asked.max()), 1e-9)) / max(len(names) - 1, 1)
-    low, high = min(asked.min(), reached.min()), max(asked.max(), reached.max())
-    pad = 0.08 * (high - low or abs(high) or 1.0)
-    line = np.linspace(low - pad, high + pad, 100)
-    far = np.full_like(line, 1e9 * unit.stricter)
-    axes.fill_between(line, line, far, color=GREEN, alpha=0.09, lw=0)
-    axes.plot(line, line, color=INK, lw=1.3)
-    handles = [
-        Line2D([], [], color=INK, lw=1.3, label="reached = requested"),
-        Patch(color=GREEN, alpha=0.15, label="request met"),
-    ]
-    tolerance = next((t.certificate["tolerance"] for _, t, *_ in rows if finite(t.certificate.get("tolerance"))), 0.0)
-    if tolerance:
-        eased = (
-            line * math.exp(-unit.stricter * tolerance) if unit.name == "share" else line - unit.stricter * tolerance
-        )
-        axes.plot(line, eased, ":", color=GREY)
-        handles.append(Line2D([], [], linestyle=":", color=GREY, label=f"tolerance ({tolerance:.3g} {unit.canonical})"))
-    for name, trial, x, y, stderr in rows:
+    pad = max(0.06 * float(np.ptp(asked)), dodge * len(names), 1e-9)
+    line = np.linspace(asked.min() - pad, asked.max() + pad, 100)
+    for name, trial, request, value, stderr in rows:
         index = names.index(name)
         color, marker = CYCLE[index % len(CYCLE)]
-        x = x * scale + dodge * (index - (len(names) - 1) / 2)
         axes.errorbar(
-            x,
-            y * scale,
+            request * scale + dodge * (index - (len(names) - 1) / 2),
+            (value - request) * unit.stricter * scale,
             half_width(stderr * scale),
             fmt=marker,
             color=color,
@@ -256,17 +240,31 @@ def achieved(sweep: Sweep) -> Figure | None:
             capsize=3,
             elinewidth=1.3,
         )
+    axes.axhline(0.0, color=INK, lw=1.3, zorder=1)
+    handles = [
+        Line2D([], [], color=INK, lw=1.3, label="reached = requested"),
+        Patch(color=GREEN, alpha=0.15, label="request met"),
+    ]
+    tolerance = next((t.certificate["tolerance"] for _, t, *_ in rows if finite(t.certificate.get("tolerance"))), 0.0)
+    if tolerance:
+        share = unit.stricter * line * np.expm1(-unit.stricter * tolerance)
+        axes.plot(line, share if unit.name == "share" else np.full_like(line, -tolerance * scale), ":", color=GREY)
+        handles.append(Line2D([], [], linestyle=":", color=GREY, label=f"tolerance ({tolerance:.3g} {unit.canonical})"))
     for index, name in enumerate(names):
         color, marker = CYCLE[index % len(CYCLE)]
         handles.append(Line2D([], [], linestyle="none", marker=marker, color=color, ms=8, label=name))
     if any(trial.verdict != "feasible" for _, trial, *_ in rows):
         handles.append(_hollow())
-    axes.set(xlim=(low - pad, high + pad), ylim=(low - pad, high + pad))
+    axes.margins(y=0.1)
+    low, high = axes.get_ylim()
+    axes.axhspan(0.0, high, color=GREEN, alpha=0.09, lw=0)
+    axes.set(xlim=(line[0], line[-1]), ylim=(low, high))
     axes.set_xlabel(
         f"requested {unit.noun} {unit.axis}".strip()
         + (" – stricter →" if unit.stricter > 0 else ", axis reversed – stricter →")
     )
-    axes.set_ylabel(f"{unit.noun} reached {unit.axis}".strip())
+    side = "above" if unit.stricter > 0 else "below"
+    axes.set_ylabel(f"margin: {unit.noun} {side} the request {unit.axis}".strip())
     if unit.stricter < 0:
         axes.invert_xaxis()
     add_legend(figure, handles, columns=3)

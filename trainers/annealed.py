@@ -32,7 +32,7 @@ from dualsweep.trainers.noise_schedule import NoiseSchedule
 ConditionalPredictor = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 MAX_ROWS = 2048  # in one forward: a small network is fastest while its activations stay in the cache
-KAPPA = 1e9
+LONGEST_STEP = 16.0  # noise variances: a trained score is rough below a tenth of the data's scale, and long steps follow it there
 SMALLEST_SYSTEM = 32  # numbers in a system from which its curvature is estimated
 
 
@@ -226,7 +226,7 @@ class _Run:
             squares = self.composed[part].square()
             enough = squares.numel() >= SMALLEST_SYSTEM
             curvature = squares.mean() if enough else squares.new_tensor(self.sharpness)
-            scales.append((variance / curvature.clamp(min=1 / KAPPA)).expand(len(squares)))
+            scales.append((variance / curvature.clamp(min=1 / LONGEST_STEP)).expand(len(squares)))
         return torch.cat(scales)
 
     def _resample(self, *, always: bool) -> None:

@@ -3,6 +3,7 @@
 from dualsweep.trainers.methods.adaptation import Adaptation
 from dualsweep.trainers.methods.alignment import Alignment
 from dualsweep.trainers.methods.base import Method, PrimalTerms, Setting, StreamSums
+from dualsweep.trainers.methods.duo import DUO
 from dualsweep.trainers.methods.esd import ESD
 from dualsweep.trainers.methods.fairness import Fairness, Pretraining
 from dualsweep.trainers.methods.siss import SISS
@@ -10,7 +11,7 @@ from dualsweep.trainers.methods.unlearn_forward_kl import UnlearnForwardKL
 from dualsweep.trainers.methods.unlearn_likelihood import UnlearnLikelihood
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Fairness, Adaptation, UnlearnForwardKL, SISS, ESD, Alignment, UnlearnLikelihood)
+    method.name: method for method in (Fairness, Adaptation, UnlearnForwardKL, SISS, ESD, DUO, Alignment, UnlearnLikelihood)
 }
 
 __all__ = ["METHODS", "Method", "Pretraining", "PrimalTerms", "Setting", "StreamSums"]
