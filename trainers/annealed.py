@@ -32,7 +32,9 @@ from dualsweep.trainers.noise_schedule import NoiseSchedule
 ConditionalPredictor = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 MAX_ROWS = 2048  # in one forward: a small network is fastest while its activations stay in the cache
-LONGEST_STEP = 16.0  # noise variances: a trained score is rough below a tenth of the data's scale, and long steps follow it there
+LONGEST_STEP = (
+    16.0  # noise variances: a trained score is rough below a tenth of the data's scale, and long steps follow it there
+)
 SMALLEST_SYSTEM = 32  # numbers in a system from which its curvature is estimated
 
 

@@ -366,7 +366,7 @@ def test_a_loss_sweep_reverses_its_axes_and_draws_the_relaxations(tmp_path):
 
 def test_thresholds_given_as_factors_are_shown_as_the_losses_they_became(tmp_path):
     sweep_dir = write_sweep(tmp_path / "sweep", "loss")
-    factors = dict.fromkeys(MINORITY, {"factor": 0.9})
+    factors = {name: {"factor": 0.9} for name in MINORITY}
     edit_result(sweep_dir, "loss-1", thresholds=factors)
     edit_thresholds(sweep_dir, "loss-5", **factors)
     rows = {row["trial_id"]: row for row in frontier_table(sweep_dir)}

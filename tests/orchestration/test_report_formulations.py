@@ -5,8 +5,10 @@ Each constrained trial asks more than the one before: two hold, one is undecided
 """
 
 import csv
+import html
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +86,7 @@ CASES = [
 REQUESTED = [case for case in CASES if not case.fixed_only]
 COMPOSITIONS = [
     Case("composition", "nats", "<=", (0.0,), 2.4, "largest KL(p||q^i), the min-max level",
-         "make the largest divergence from each of near and far as small as possible", law=law)
+         "make the largest divergence from near and far as small as possible", law=law)
     for law in ("and", "or")
 ]  # fmt: skip
 
@@ -103,9 +105,7 @@ def cost(reach: float) -> float:
 def write_case(folder: Path, case: Case) -> Path:
     """The sweep's folder as the driver leaves it."""
     points = [("unconstrained", "unconstrained", "unconstrained", None, None)] if not case.fixed_only else []
-    points += [
-        (f"p{i}", f"sets {case.sense} {r:g}", "constrained", r, None) for i, r in enumerate(case.requests)
-    ]
+    points += [(f"p{i}", f"sets {case.sense} {r:g}", "constrained", r, None) for i, r in enumerate(case.requests)]
     points += [(f"fixed-{w:g}", f"fixed weights {w:g}", "fixed_weights", None, w) for w in (0.25, 0.5, 1.0, 2.0)]
     (folder / "trials").mkdir(parents=True)
     config = {
@@ -272,5 +272,286 @@ def _write_trace(folder, point, constraints, metrics, multipliers, rng, steps=75
             "wall_time lr grad_norm objective objective_stderr lagrangian infeasibility complementarity "
             "stationarity kkt_residual"
         )
-        rows.append({"dual_step": step, "primal_step": 20 * step, "attempt": 1} | dict.fromkeys(scalars.split(), 0.1) | vectors)
+        counters = {"dual_step": step, "primal_step": 20 * step, "attempt": 1}
+        rows.append(counters | dict.fromkeys(scalars.split(), 0.1) | vectors)
     write_trace(rows, folder / "trace.parquet", constraints=NAMES, trial_id=point["trial_id"])
+
+
+def page_text(paths) -> str:
+    """The page as a reader sees it: without images, styles and tags."""
+    page = re.sub(r"data:image[^\"]*", "", paths.index.read_text(encoding="utf-8"))
+    page = re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(page))
+
+
+def read_csv(paths, name: str) -> list[dict[str, str]]:
+    with paths.tables[f"{name}.csv"].open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def edit_result(sweep_dir: Path, trial_id: str, **changes) -> None:
+    path = sweep_dir / "trials" / trial_id / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture(params=REQUESTED, ids=lambda case: case.id, scope="module")
+def reported(request, tmp_path_factory):
+    """(case, sweep, what was written) for every formulation that requests something."""
+    sweep_dir = write_case(tmp_path_factory.mktemp("runs") / "sweep", request.param)
+    return request.param, load_sweep(sweep_dir), write_report(sweep_dir)
+
+
+@pytest.fixture(params=[case for case in CASES if case.fixed_only], ids=lambda case: case.id, scope="module")
+def weighed(request, tmp_path_factory):
+    sweep_dir = write_case(tmp_path_factory.mktemp("runs") / "sweep", request.param)
+    return request.param, load_sweep(sweep_dir), write_report(sweep_dir)
+
+
+def test_every_figure_of_the_laboratory_is_written(reported):
+    _, _, paths = reported
+    assert set(paths.figures) == {"frontier", "achieved", "multipliers", "violations", "samples"}
+    for path in paths.figures.values():
+        with Image.open(path) as image:
+            assert image.format == "PNG" and image.width >= 900
+
+
+def test_the_table_says_what_was_requested_what_the_worst_constraint_got_and_what_it_cost(reported):
+    case, sweep, _ = reported
+    rows = {row["trial_id"]: row for row in frontier_table(sweep.directory)}
+    for index, request in enumerate(case.requests):
+        row = rows[f"p{index}"]
+        assert (row["unit"], row["sense"], row["requested"]) == (case.unit, case.sense, request)
+        worst = min(value(case, index) * case.stricter) * case.stricter
+        assert row["achieved"] == pytest.approx(worst, rel=1e-12)
+        assert row["achieved_stderr"] == pytest.approx(STDERR * max(abs(worst), 0.05), rel=1e-12)
+        assert (row["objective"], row["objective_unit"]) == (pytest.approx(cost(index)), "nats")
+        assert row["exact_objective"] == pytest.approx(cost(index) - 0.02)
+        assert row["duality_gap"] == pytest.approx(0.02) and row["duality_gap_stderr"] == pytest.approx(0.005)
+    assert [row["trial_id"] for row in rows.values()] == [
+        "unconstrained", "fixed-0.25", "fixed-0.5", "fixed-1", "fixed-2", "p0", "p1", "p2", "p3",
+    ]  # fmt: skip
+    assert [rows[f"p{i}"]["verdict"] for i in range(4)] == ["feasible", "feasible", "undecided", "infeasible"]
+    assert [trial_id for trial_id, row in rows.items() if row["on_front"]] == ["p0", "p1"]
+    assert [rows[f"p{i}"]["warnings"] for i in (0, 3)] == ["", "plateau (near); retention loss"]
+
+
+def test_the_page_words_the_request_the_costs_and_the_pretrained_model(reported):
+    case, sweep, paths = reported
+    text, unit = page_text(paths), unit_of(case.unit, method=case.method)
+    assert f"Models were asked to {case.asks}, at 4 grid points from {unit.text(case.requests[0])} to" in text
+    sign = {">=": "≥", "<=": "≤"}[case.sense]
+    assert f"2 of 4 judged points hold at 95 % confidence ({sign} {unit.text(case.requests[0])} and {sign}" in text
+    assert f"Cost is {case.meaning}; lower is better" in text
+    assert "Start. The pretrained model: " + sweep.pretrained_text in text
+    worst = {">=": "smallest", "<=": "largest"}[case.sense]
+    assert f"Without constraints the {worst} {unit.noun} is" in text
+    assert (
+        "plateau (near); retention loss" in text and "multiplier rose from 0.4 to 0.9 over dual steps 38 to 75" in text
+    )
+    assert "The duality gap is the cost less the dual value" in text and "0.0200 ± 0.0098" in text
+    assert "+0.00583 (+3.0 %)" in text  # the first trial's averaged multiplier 0.2 against 0.2 / 1.03 (or more)
+
+
+def test_the_frontier_names_its_axes_from_the_data_and_puts_the_stricter_request_to_the_right(reported):
+    case, sweep, _ = reported
+    axes = figures.frontier(sweep).axes[0]
+    unit = unit_of(case.unit, method=case.method)
+    assert axes.xaxis_inverted() == (case.sense == "<=")
+    assert axes.get_xlabel().startswith({">=": "smallest", "<=": "largest"}[case.sense] + f" {unit.noun} reached")
+    cost_label = " ".join(axes.get_ylabel().split())
+    assert cost_label.startswith("cost: " + case.meaning.split(",")[0].replace("||", "‖"))
+    lines = {line.get_label(): line.get_xydata() for line in axes.lines}
+    front = [(min(value(case, i) * case.stricter) * case.stricter * unit.scale, cost(i)) for i in (0, 1)]
+    assert lines["Pareto front of the points that hold"] == pytest.approx(np.array(front))
+    assert len(lines["fixed weights, in order"]) == 4
+    assert (np.diff(lines["fixed weights, in order"][:, 0]) * case.stricter > 0).all()
+    (exact,) = [line.get_xydata() for line in axes.lines if len(line.get_xydata()) == 200]
+    for index, request in enumerate(case.requests):
+        nearest = exact[np.abs(exact[:, 0] - request * unit.scale).argmin()]
+        assert nearest[1] == pytest.approx(cost(index) - 0.02, abs=0.02)  # 200 points between the ends
+    pretrained = next(line for line in axes.lines if line.get_label().startswith("pretrained"))
+    assert pretrained.get_xdata()[0] == pytest.approx(case.pretrained * unit.scale)
+
+
+def test_margins_are_positive_where_the_request_is_met_in_either_sense(reported):
+    case, sweep, _ = reported
+    axes = figures.achieved(sweep).axes[0]
+    assert axes.xaxis_inverted() == (case.sense == "<=")
+    scale = unit_of(case.unit).scale
+    drawn = sorted(
+        line.get_ydata()[0] for line in axes.lines if line.get_marker() in "os" and len(line.get_ydata()) == 1
+    )
+    margins = [(value(case, i) - r) * case.stricter * scale for i, r in enumerate(case.requests)]
+    assert drawn == pytest.approx(sorted(np.concatenate(margins)), abs=1e-9)
+    assert (margins[0] > 0).all() and (margins[3] < 0).all()
+
+
+def test_csv_tables_hold_values_multipliers_symptoms_and_the_pretrained_model(reported):
+    case, _, paths = reported
+    points = {row["trial_id"]: row for row in read_csv(paths, "points")}
+    for index, request in enumerate(case.requests):
+        row = points[f"p{index}"]
+        for name, expected in zip(NAMES, value(case, index), strict=True):
+            assert float(row[f"value/{name}"]) == pytest.approx(expected)
+            assert float(row[f"threshold/{name}"]) == pytest.approx(request)
+        assert float(row["averaged_multiplier/near"]) == pytest.approx(1.03 * float(row["exact_multiplier/near"]))
+    symptoms = [(row["trial_id"], row["name"], row["constraint"]) for row in read_csv(paths, "symptoms")]
+    assert symptoms == [("p3", "plateau", "near"), ("p3", "retention loss", "")]
+    pretrained = {row["constraint"]: row for row in read_csv(paths, "pretrained")}
+    assert float(pretrained["far"]["value"]) == pytest.approx(case.pretrained)
+    assert float(pretrained["far"]["stderr"]) == pytest.approx(0.01 * (case.pretrained if case.unit == "share" else 1))
+
+
+def test_fixed_weights_alone_are_reported_as_a_curve_and_by_weight(weighed):
+    case, sweep, paths = weighed
+    assert set(paths.figures) == {"frontier", "weights", "samples"}
+    text = page_text(paths)
+    assert case.asks in text and sweep.pretrained_text in text
+    for absent in ("Certificates", "Multipliers", "Reached against requested", "Holds.", "does at least as well"):
+        assert absent not in text
+    axes = figures.frontier(sweep).axes[0]
+    name = {"esd": "ESD", "siss": "SISS"}[case.method]
+    curve = next(line for line in axes.lines if line.get_label() == f"{name}, fixed weights, in order").get_xydata()
+    assert curve == pytest.approx(np.array([[t.achieved[0], t.objective] for t in sweep.of_kind("fixed_weights")]))
+    axes = figures.weights(sweep).axes[0]
+    drawn = [line for line in axes.lines if line.get_marker() in ("o", "s")]
+    for line, name in zip(drawn, NAMES, strict=True):
+        rows = [row for trial in sweep.weighed for row in trial.constraints if row["name"] == name]
+        assert line.get_ydata() == pytest.approx([row["user_value"] for row in rows])
+    rows = frontier_table(sweep.directory)
+    assert [row["fixed_weight"] for row in rows] == [0.25, 0.5, 1.0, 2.0] and not any(row["verdict"] for row in rows)
+
+
+@pytest.mark.parametrize("case", COMPOSITIONS, ids=lambda case: case.law)
+def test_a_composition_is_reported_by_its_level(tmp_path, case):
+    sweep_dir = write_case(tmp_path / "sweep", case)
+    paths, sweep = write_report(sweep_dir), load_sweep(sweep_dir)
+    assert set(paths.figures) == {"levels", "multipliers", "violations", "samples"}
+    text = page_text(paths)
+    assert f"Models were asked to {case.asks}, at 1 grid point." in text
+    symbol = {"and": "KL(p||near)", "or": "KL(near||p)"}[case.law]
+    assert f"The pretrained model: {symbol} 2.400 ± 0.020 nats" in text
+    assert "min-max has the smallest largest divergence, 1.500 ± 0.012 nats" in text
+    assert "With fixed weights 0.5 the largest divergence is 2.100 ± 0.016 nats; min-max does at least as well." in text
+    assert "requested" not in text.split("All points")[1].split("Classes")[0]
+    row = next(row for row in frontier_table(sweep_dir) if row["kind"] == "constrained")
+    assert row["level"] == pytest.approx(0.6 * 1.5 + 0.4 * 1.49) and row["on_front"] and math.isnan(row["requested"])
+    axes = figures.levels(sweep).axes[0]
+    ends = {line.get_linestyle(): line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2}
+    assert ends == {"-": pytest.approx(1.496), "--": pytest.approx(1.47)}
+    markers = [line.get_xdata()[0] for line in axes.lines if line.get_marker() in ("o", "s")]
+    assert sorted(markers)[-1] == 3.6 and sorted(markers)[0] == 0.4
+
+
+def test_in_a_min_max_problem_a_point_is_beaten_only_by_one_nearer_to_every_set(tmp_path):
+    sweep_dir = write_case(tmp_path / "sweep", COMPOSITIONS[0])
+    template = json.loads((sweep_dir / "trials" / "p0" / "result.json").read_text())
+    for trial_id, near, far in (("tilted", 1.0, 2.2), ("beaten", 1.1, 2.3)):
+        (sweep_dir / "trials" / trial_id).mkdir()
+        rows = [{**row, "user_value": v} for row, v in zip(template["constraints"], (near, far), strict=True)]
+        objective = {**template["objective"], "value": far}
+        changed = {"trial_id": trial_id, "constraints": rows, "objective": objective}
+        (sweep_dir / "trials" / trial_id / "result.json").write_text(json.dumps({**template, **changed}))
+    assert [trial.trial_id for trial in load_sweep(sweep_dir).front()] == ["p0", "tilted"]
+
+
+def test_offsets_of_a_composition_are_taken_off_and_said(tmp_path):
+    sweep_dir = write_case(tmp_path / "sweep", COMPOSITIONS[0])
+    template = json.loads((sweep_dir / "trials" / "p0" / "result.json").read_text())
+    rows = [{**row, "user_threshold": b} for row, b in zip(template["constraints"], (0.0, 0.5), strict=True)]
+    edit_result(sweep_dir, "p0", constraints=rows, thresholds={"near": 0.0, "far": 0.5}, label="far <= 0.5, near <= 0")
+    sweep = load_sweep(sweep_dir)
+    axes = figures.levels(sweep).axes[0]
+    assert "less its offset" in axes.get_xlabel()
+    row = [line.get_xdata()[0] for line in axes.lines if line.get_marker() in ("o", "s")][-2:]
+    assert row == pytest.approx([1.5, 1.49 - 0.5])
+    assert [trial.short_label for trial in sweep.of_kind("constrained")] == ["far <= 0.5, near <= 0"]
+
+
+def test_points_in_the_plane_share_extent_aspect_and_contours(tmp_path):
+    sweep_dir = write_case(tmp_path / "sweep", CASES[3])
+    wild = np.load(sweep_dir / "trials/p1/samples.npy")
+    wild[:3] = 50.0
+    np.save(sweep_dir / "trials/p1/samples.npy", wild)
+    (sweep_dir / "trials/p2/exact_density.npz").write_bytes(b"PK\x03\x04 half")
+    sweep = load_sweep(sweep_dir)
+    panels = figures.samples(sweep).axes
+    assert {axes.get_aspect() for axes in panels} == {1.0}
+    assert len({(*axes.get_xlim(), *axes.get_ylim()) for axes in panels}) == 1
+    low, high = panels[0].get_xlim()
+    assert -5 < low < -2.5 and 2.5 < high < 5 and high - low == pytest.approx(np.ptp(panels[0].get_ylim()))
+    with_density = [trial.trial_id for trial, axes in zip(sweep.trials, panels, strict=True) if axes.collections]
+    assert with_density == ["p0", "p1", "p3"]
+    shown = {trial.trial_id: len(axes.texts) for trial, axes in zip(sweep.trials, panels, strict=True)}
+    assert shown["p1"] == 1
+    outside = panels[[t.trial_id for t in sweep.trials].index("p1")].texts[0].get_text()
+    assert re.fullmatch(r"\d+ of 2000 outside", outside) and int(outside.split()[0]) >= 3
+
+
+def test_exact_optima_of_uneven_requests_are_ticks_without_a_curve(tmp_path):
+    sweep_dir = write_case(tmp_path / "sweep", CASES[3])
+    for index in range(4):
+        path = sweep_dir / "trials" / f"p{index}" / "result.json"
+        rows = json.loads(path.read_text())["constraints"]
+        rows[1]["user_threshold"] *= 1.2
+        edit_result(sweep_dir, f"p{index}", constraints=rows)
+    axes = figures.frontier(load_sweep(sweep_dir)).axes[0]
+    assert max(len(line.get_xydata()) for line in axes.lines) == 4  # a curve has 200 points
+    (ticks,) = [line for line in axes.lines if line.get_marker() == "|" and line.get_color() == "#777777"]
+    assert sorted(ticks.get_xdata()) == pytest.approx(CASES[3].requests)  # the mildest part of each request
+
+
+def test_costs_measured_against_different_things_are_called_so(tmp_path):
+    sweep_dir = write_case(tmp_path / "sweep", CASES[0])
+    assert "Not alike." not in page_text(write_report(sweep_dir))
+    above = {"value": 0.3, "stderr": 0.01, "unit": "nats", "meaning": "KL(q||p) above the unconstrained run's"}
+    edit_result(sweep_dir, "p1", objective=above)
+    assert "Not alike. Costs of this sweep are not all measured against the same" in page_text(write_report(sweep_dir))
+
+
+def test_a_multiplier_at_its_bound_is_named_in_the_table(tmp_path):
+    sweep_dir = write_case(tmp_path / "sweep", CASES[1])
+    result = json.loads((sweep_dir / "trials/p2/result.json").read_text())
+    edit_result(sweep_dir, "p2", certificate={**result["certificate"], "saturated": ["far"]})
+    rows = {row["trial_id"]: row for row in frontier_table(sweep_dir)}
+    assert rows["p2"]["warnings"] == "multiplier at its bound (far)"
+    assert "multiplier at its bound (far)" in page_text(write_report(sweep_dir))
+
+
+def test_classes_of_a_set_are_those_its_configuration_lists(tmp_path):
+    sweep_dir = write_case(tmp_path / "sweep", CASES[1])
+    histogram = {"classes": ["a", "b", "c"], "counts": [10, 50, 40], "total": 100, "prior": [0.2, 0.5, 0.3]}
+    edit_result(sweep_dir, "p0", histogram=histogram)
+    axes = figures.histograms(load_sweep(sweep_dir)).axes[0]
+    blue = [bar.get_facecolor()[2] > 2 * bar.get_facecolor()[0] for bar in axes.patches]
+    assert blue == [False, True, True]
+    requests = [line.get_ydata()[0] for line in axes.lines if line.get_color() == "#D55E00"]
+    assert requests == pytest.approx([20.0, 20.0])
+    labels = [text.get_text() for text in axes.figure.legends[0].get_texts()]
+    assert "requested (at most)" in labels
+
+
+@pytest.mark.parametrize(
+    ("method", "unit", "law", "metric", "text"),
+    [
+        ("unlearn_reverse_kl", "nats", None, 1.93, "KL(p||near) 1.930 ± 0.020 nats"),
+        ("adaptation", "nats", None, 1.93, "KL(near||p) 1.930 ± 0.020 nats"),
+        ("composition", "nats", "or", 1.93, "KL(near||p) 1.930 ± 0.020 nats"),
+        ("composition", "nats", None, 1.93, "KL(p||near) 1.930 ± 0.020 nats"),
+        ("fairness", "share", None, -math.log(0.2), "share of near 20.00 ± 0.39 %"),  # 1.96 * 0.01 * 0.2
+        ("unlearn_forward_kl", "share", None, -math.log(0.2), "share of near 20.00 ± 0.39 %"),
+        ("unlearn_likelihood", "likelihood_ratio", None, 1.93, "ratio of near 1.930 ± 0.020"),
+        ("alignment", "reward", None, 0.0, "reward near 0.000 ± 0.020 s.d."),
+        ("siss", "loss", None, 0.1, "loss on near 0.100 ± 0.020"),
+        ("adaptation", "loss", None, 0.1, "discrepancy on near 0.100 ± 0.020"),
+    ],
+)
+def test_the_pretrained_model_in_one_line(method, unit, law, metric, text):
+    calibration = {"unit": unit, "metrics": {"near": metric}, "stderrs": {"near": 0.01}, "counts": {"near": 100}}
+    assert calibration_text(calibration, unit_of(unit, method=method, law=law)) == text
+    assert calibration_text({**calibration, "unit": "other"}, unit_of(unit, method=method)) == ""
+
+
+def test_an_unknown_unit_is_refused_by_name():
+    with pytest.raises(ValueError, match="unknown unit 'bits'; the known units are"):
+        unit_of("bits")

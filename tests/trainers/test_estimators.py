@@ -462,7 +462,7 @@ def test_the_flow_starts_at_clean_data():
     law = GaussianMixture(
         np.array([[0.0]]), np.array([0.05]), np.ones(1)
     )  # only 5 times the first level's noise of 0.01
-    x_0 = torch.tensor([[-0.1], [0.0], [0.05], [0.15]], dtype=torch.float64)
+    x_0 = torch.tensor([[-0.1], [0.0], [0.05], [0.1]], dtype=torch.float64)
     values, exact = ode_log_likelihood(Exact(law), x_0, SCHEDULE, steps=1000), torch.from_numpy(law.log_density(x_0))
     torch.testing.assert_close(values, exact, rtol=0, atol=5e-3)
     noisy = torch.from_numpy(law.noised(SCHEDULE.alpha_bar[0]).log_density(x_0))
