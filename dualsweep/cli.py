@@ -138,15 +138,18 @@ def sample(
         Path,
         typer.Argument(metavar="MODEL", help="A model folder, such as runs/NAME/trials/ID/model.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("samples.png"),
+    out: Annotated[Path, typer.Option(help="Picture to write; vectors are also written as .npy beside it.")] = Path(
+        "samples.png"
+    ),
     count: Annotated[int, typer.Option(min=1, max=10_000)] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Draw samples from a trained model."""
-    from dualsweep.orchestration.status import draw_samples
+    """Draw samples from a trained model, or from a composed law by its own sampler."""
+    from dualsweep.orchestration.sampling import draw_samples
 
-    console.print(f"samples  {draw_samples(model, out, count=count, steps=steps, seed=seed)}", highlight=False)
+    for path in draw_samples(model, out, count=count, steps=steps, seed=seed):
+        console.print(f"samples  {path}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -201,35 +204,33 @@ def _finish(outcome) -> None:
 
 def _closing_table(rows: list[dict]) -> Table:
     """Baselines and points: what was asked, what came out, what it costs, and whether the certificate holds."""
-    unit = rows[0]["unit"]
+    from dualsweep.orchestration.units import measured, unit_of
+
+    unit = unit_of(rows[0]["unit"], sense=rows[0]["sense"])
+    columns = ["trial", "status", "asked", f"{unit.worst} {unit.noun}", "cost", "certificate"]
+    warned = any(row["warnings"] for row in rows)
     table = Table(
-        "trial",
-        "status",
-        f"asked ({unit})",
-        f"least reached ({unit})",
-        "cost in nats",
-        "certificate",
+        *columns,
+        *(["signs of trouble"] if warned else []),
         "front",
         title="result",
         title_justify="left",
+        caption="± is 95 %",
+        caption_justify="left",
     )
     for row in rows:
+        known = math.isfinite(row["objective"])
         table.add_row(
-            row["label"],
+            escape(row["label"]),
             row["status"],
-            _number(row["requested"]),
-            _number(row["achieved"], row["achieved_stderr"]),
-            _number(row["objective"], row["objective_stderr"]),
+            f"{unit.sign} {unit.text(row['requested'])}" if math.isfinite(row["requested"]) else "",
+            unit.text(row["achieved"], row["achieved_stderr"]) if math.isfinite(row["achieved"]) else "",
+            f"{measured(row['objective'], row['objective_stderr'])} {row['objective_unit']}" if known else "",
             row["verdict"],
+            *([escape(row["warnings"])] if warned else []),
             "*" if row["on_front"] else "",
         )
     return table
-
-
-def _number(value: float, stderr: float = math.nan) -> str:
-    if not math.isfinite(value):
-        return ""
-    return f"{value:.3f}" + (f" ± {stderr:.3f}" if math.isfinite(stderr) else "")
 
 
 @app.callback(invoke_without_command=True)

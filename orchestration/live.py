@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from rich import box
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from dualsweep.orchestration.units import calibration_text
 from dualsweep.orchestration.watch import TrialView, Watcher
 
 _STYLES = {
@@ -23,14 +25,14 @@ _STYLES = {
 MOST_MULTIPLIERS = 4
 
 
-def trial_table(views: Iterable[TrialView], *, title: str, slots: int = 1) -> Table:
-    """One row a trial: step, objective, worst violation, multipliers, verdict, time left."""
+def trial_table(views: Iterable[TrialView], *, title: str, slots: int = 1, note: str = "") -> Table:
+    """One row a trial: step, objective, worst violation, multipliers, verdict, time left; the note stands below."""
     views = list(views)
     # Fits a terminal of 100 columns; the columns are those of the trace: smoothed worst violation, newest multipliers.
     table = Table(
         title=title,
         title_justify="left",
-        caption=_caption(views, slots),
+        caption=_caption(views, slots) + (f"\n{escape(note)}" if note else ""),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -42,13 +44,12 @@ def trial_table(views: Iterable[TrialView], *, title: str, slots: int = 1) -> Ta
         )
     for view in views:
         row = view.row or {}
-        violations = row.get("smoothed_violations") or []
         table.add_row(
             view.point["label"],
             Text(view.status, style=_STYLES.get(view.status, "dim")),
-            f"{view.dual_step}/{view.dual_steps}",
+            _steps(view),
             f"{row['objective']:.4f}" if row else "",
-            f"{max(violations):+.3f}" if violations else "",
+            f"{view.worst:+.3f}" if view.worst is not None else "",
             _multipliers(row),
             verdict(view),
             duration(view.seconds_left()),
@@ -62,10 +63,9 @@ def verdict(view: TrialView) -> Text:
     if certificate:
         style = {"feasible": "bold green", "infeasible": "bold red"}.get(certificate["verdict"], "yellow")
         return Text(certificate["verdict"], style=style)
-    violations = (view.row or {}).get("smoothed_violations")
-    if not violations or view.over:
+    if view.worst is None or view.over or view.min_max:  # some constraint is always above a mean of them all
         return Text("-", style="dim")
-    return Text("so far" if max(violations) <= 0 else "not yet", style="dim")
+    return Text("so far" if view.worst <= 0 else "not yet", style="dim")
 
 
 def duration(seconds: float | None) -> str:
@@ -74,6 +74,11 @@ def duration(seconds: float | None) -> str:
     seconds = int(max(0, seconds))
     hours, rest = divmod(seconds, 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def _steps(view: TrialView) -> str:
+    """Dual steps made of those to make; a trial that had nothing to train is done without any."""
+    return "none" if view.status == "completed" and not view.dual_step else f"{view.dual_step}/{view.dual_steps}"
 
 
 def _multipliers(row: dict) -> str:
@@ -115,11 +120,13 @@ class Progress:
         self.watcher, self.console, self.title = watcher, console, title
         self._said: dict[str, str] = {}
         self._live: Live | None = None
+        self._announced = False
 
     def __enter__(self) -> "Progress":
         if self.console.is_terminal:
             self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=2, transient=False)
             self._live.start()
+            self.watcher.after_look = self._announce
         else:
             self.watcher.after_look = self._say
         return self
@@ -136,17 +143,22 @@ class Progress:
             slots=self.watcher.slots,
         )
 
+    def _announce(self) -> None:
+        """What the pretrained model measures, once it is known."""
+        if self._announced or self.watcher.calibration is None:
+            return
+        self._announced = True
+        text = calibration_text(self.watcher.calibration, self.watcher.unit)
+        if text:
+            self.console.print(f"pretrained model: {text} (95 %)", highlight=False, markup=False, soft_wrap=True)
+
     def _say(self) -> None:
         """Without a terminal: a line for every trial whose status changed."""
+        self._announce()
         for view in list(self.watcher.views.values()):
             if view.status != self._said.get(view.point["trial_id"], "waiting"):
                 self._said[view.point["trial_id"]] = view.status
-                row = view.row or {}
-                worst = (
-                    f", worst violation {max(row['smoothed_violations']):+.3f}"
-                    if row.get("smoothed_violations")
-                    else ""
-                )
+                worst = f", worst violation {view.worst:+.3f}" if view.worst is not None else ""
                 state = f", {verdict(view)}" if (view.result or {}).get("certificate") else ""
                 self.console.print(
                     f"[{duration(time.time() - self.watcher.began)}] {view.point['label']}: {view.status} at step {view.dual_step}/{view.dual_steps}{worst}{state}",

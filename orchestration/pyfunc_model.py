@@ -4,6 +4,8 @@ MLflow copies this file into the model and runs it wherever the model is loaded.
 import of this project, and torch and diffusers only once a model is really loaded.
 """
 
+import functools
+
 import mlflow
 import numpy as np
 import pandas as pd
@@ -12,7 +14,10 @@ SAMPLES_AT_ONCE = 256  # bounds the memory of a large request; the samples do no
 
 
 class DiffusionSampler(mlflow.pyfunc.PythonModel):
-    """Samples from an unconditional diffusers pipeline; the folder is the model's artifact `pipeline`."""
+    """Samples from a diffusers pipeline; the folder is the model's artifact `pipeline`.
+
+    A model that tells several laws apart by class labels is asked for label 0, its main law.
+    """
 
     def load_context(self, context):
         """Load the pipeline, onto a GPU where there is one."""
@@ -24,12 +29,17 @@ class DiffusionSampler(mlflow.pyfunc.PythonModel):
         )
         self.pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         self.pipeline.set_progress_bar_config(disable=True)
+        unet = self.pipeline.unet
+        if unet.config.num_class_embeds:  # pipelines of this kind never hand a label on
+            unet.forward = functools.partial(
+                unet.forward, class_labels=torch.zeros(1, dtype=torch.long, device=unet.device)
+            )
 
     def predict(self, context, model_input: pd.DataFrame = None, params=None):
         """Draw samples; the same parameters give the same samples.
 
         Args:
-            model_input: ignored, an unconditional model needs none; MLflow's interface asks for it (None will do);
+            model_input: ignored, these models need none; MLflow's interface asks for it (None will do);
                 without a type for it MLflow prints advice on every load.
             params: `num_samples` (>= 1), `num_inference_steps` (1 to the steps trained with), `seed`.
         Returns: float32, shape (num_samples, channels, height, width), in [-1, 1].

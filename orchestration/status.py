@@ -1,11 +1,9 @@
-"""What can be said of sweeps from their folders, running or not: status, report, delivery to MLflow, samples."""
+"""What can be said of sweeps from their folders, running or not: status, report, delivery to MLflow."""
 
 import json
 import time
 from pathlib import Path
 
-import matplotlib.image
-import numpy as np
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
@@ -19,6 +17,7 @@ from dualsweep.orchestration.live import trial_table
 from dualsweep.orchestration.report import write_report
 from dualsweep.orchestration.sweep import is_running, stored_config
 from dualsweep.orchestration.tracking import Tracker, resolve_tracking_uri, sync_sweep
+from dualsweep.orchestration.units import calibration_text, unit_of_config
 from dualsweep.orchestration.watch import TrialView
 
 DELIVERY_S = 120.0
@@ -42,7 +41,7 @@ def trial_views(root: Path, name: str) -> list[TrialView]:
         known.setdefault(
             trial_id, {"trial_id": trial_id, "label": label, "kind": kind, "thresholds": {}, "fixed_weight": None}
         )
-    running = is_running(folder)
+    running, unit = is_running(folder), unit_of_config(config.to_dict())
     views = []
     for trial_id, point in known.items():
         seen = watched(ledger.book(trial_id), 0, with_result=True)
@@ -59,6 +58,7 @@ def trial_views(root: Path, name: str) -> list[TrialView]:
                 started=seen["started"],
                 result=seen["result"],
                 error=seen["error"],
+                min_max=unit.min_max,
             )
         )
     return views
@@ -67,12 +67,16 @@ def trial_views(root: Path, name: str) -> list[TrialView]:
 def status_table(root: Path, name: str) -> Table:
     views = trial_views(root, name)
     state = "running" if is_running(root / name) else "not running"
-    return trial_table(views, title=f"{name} ({state})", slots=_slots(root, name))
-
-
-def _slots(root: Path, name: str) -> int:
-    concurrent = stored_config(name, root).compute.concurrent_trials
-    return 1 if concurrent == "auto" else concurrent
+    config = stored_config(name, root)
+    concurrent = config.compute.concurrent_trials
+    calibration = next((view.result["calibration"] for view in views if (view.result or {}).get("calibration")), {})
+    pretrained = calibration_text(calibration, unit_of_config(config.to_dict()))
+    return trial_table(
+        views,
+        title=f"{name} ({state})",
+        slots=1 if concurrent == "auto" else concurrent,
+        note=f"pretrained model: {pretrained} (95 %)" if pretrained else "",
+    )
 
 
 def follow_status(root: Path, name: str, console: Console) -> None:
@@ -131,26 +135,3 @@ def deliver_again(root: Path, name: str) -> int:
     )
     sync_sweep(root / name, tracker)
     return tracker.close(DELIVERY_S)
-
-
-def draw_samples(model: Path, out: Path, *, count: int, steps: int, seed: int) -> Path:
-    """A picture of samples of an image model, in a square grid. Raises: ConfigError for a folder that is no such model."""
-    from dualsweep.trainers.models import load_model, load_schedule
-    from dualsweep.trainers.samplers import ddim_sample, starting_noise
-
-    try:
-        denoiser, schedule = load_model(model), load_schedule(model)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    size = denoiser.network.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (denoiser.network.config.in_channels, height, width)
-    start = starting_noise(seed=seed, counter=0, shards=[0], counts={0: count}, shape=shape)
-    samples = ddim_sample(denoiser, start, schedule, num_sampling_steps=steps).numpy()
-    side = int(np.ceil(np.sqrt(count)))
-    grid = np.full((side * side, *shape), -1.0, dtype=np.float32)
-    grid[:count] = samples
-    picture = grid.reshape(side, side, *shape).transpose(0, 3, 1, 4, 2).reshape(side * height, side * width, shape[0])
-    picture = np.clip((picture + 1) / 2, 0, 1).repeat(4, 0).repeat(4, 1)
-    matplotlib.image.imsave(out, picture.repeat(3, 2) if shape[0] == 1 else picture)
-    return out.absolute()

@@ -5,6 +5,7 @@ A file that cannot be read becomes a note, not an error. Nothing of Ray, MLflow,
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -71,7 +72,8 @@ class Trial:
 
     @property
     def objective_meaning(self) -> str:
-        return (self.result.get("objective") or {}).get("meaning") or ""
+        """What the cost is, in words, without the remarks in brackets that are about this trial alone."""
+        return re.sub(r" \([^()]*\)", "", (self.result.get("objective") or {}).get("meaning") or "")
 
     @property
     def exact_objective(self) -> float:

@@ -25,6 +25,7 @@ from PIL import Image
 from dualsweep.orchestration.outbox import GiveUp, Item, Outbox, Undelivered
 from dualsweep.orchestration.trace import clean_name, metric_key, read_trace, read_trace_names, row_metrics
 from dualsweep.orchestration.tracking_uri import SQLITE, check_tracking, mlflow_client, resolve_tracking_uri
+from dualsweep.orchestration.units import calibration_values, unit_of
 
 __all__ = ["Tracker", "Undelivered", "check_tracking", "resolve_tracking_uri", "sync_sweep"]
 
@@ -87,6 +88,20 @@ class Tracker:
                 self._client().log_artifact(self._run_id(None), str(path))
 
         self._put("start", None, deliver)
+
+    def log_calibration(self, calibration: Mapping[str, Any]) -> None:
+        """What the pretrained model measures, in the user's unit: metrics ``pretrained/<constraint>`` of the parent run."""
+        unit = unit_of(calibration["unit"])
+        metrics = {}
+        for name, value, stderr, _ in calibration_values(calibration, unit):
+            metrics[metric_key("pretrained", name)] = value
+            metrics[metric_key("pretrained_stderr", name)] = stderr
+
+        def deliver() -> None:
+            self._describe(None, {"pretrained.unit": unit.name}, {}, reopen=False)
+            self._log_final(None, metrics, {}, step=0)
+
+        self._put("calibration", None, deliver)
 
     def start_trial(
         self,
@@ -271,6 +286,10 @@ class Tracker:
             **{f"dualsweep.{key}": str(result[key]) for key in ("method", "unit") if key in result},
             "dualsweep.trial_kind": str(result.get("kind")),
         }
+        signs = [*(certificate.get("symptoms") or ())]
+        signs += [f"multiplier of {name} at its bound" for name in certificate.get("saturated") or ()]
+        if signs:
+            tags["dualsweep.signs"] = "; ".join(signs)
         if result.get("error"):
             tags["dualsweep.error"] = result["error"][-5000:]  # the end of a traceback says what happened
         self._log_final(trial_id, dict(_final_metrics(result)), tags, step=int(result.get("dual_steps") or 0))
@@ -304,6 +323,11 @@ class Tracker:
             samples = np.load(trial_dir / "samples.npy", allow_pickle=False)
             if samples.ndim == 4 and samples.shape[1] in (1, 3) and len(samples):
                 client.log_image(run_id, _sample_grid(samples), "figures/samples.png")
+            elif samples.ndim == 2 and len(samples):
+                from dualsweep.orchestration.sample_figures import scatter  # matplotlib, which images do not need
+
+                client.log_figure(run_id, scatter(samples), "figures/samples.png")
+                client.log_artifact(run_id, str(trial_dir / "samples.npy"))
         if (trial_dir / "trace.parquet").exists():
             client.log_artifact(run_id, str(trial_dir / "trace.parquet"), "trace")
             if lost := self._outbox.take_lost_rows(trial_id):
@@ -314,10 +338,14 @@ class Tracker:
                     raise
 
     def _log_model(self, trial_id: str, result: dict[str, Any], folder: Path) -> None:
-        """A pipeline becomes a logged model that can sample; any other folder plain artifacts under `model/`."""
+        """A pipeline becomes a logged model that can sample; any other folder plain artifacts under `model/`.
+
+        A composed law is the second kind: its pipeline alone would draw from another law.
+        """
         client, run_id = self._client(), self._run_id(trial_id)
         index = folder / "model_index.json"
-        if not index.exists() or json.loads(index.read_text(encoding="utf-8"))["_class_name"] not in PIPELINES:
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"] if index.exists() else None
+        if kind not in PIPELINES or (folder / "composition.json").exists():
             client.log_artifacts(run_id, str(folder), "model")
             return
         from mlflow.entities import LoggedModelOutput
@@ -370,6 +398,9 @@ def sync_sweep(sweep_dir: Path, tracker: Tracker) -> list[str]:
         if result or rows:
             found[folder.name] = (result, names, rows, folder)
     tracker.start_sweep(config, files=[path for path in [sweep_dir / "sweep.yaml"] if path.exists()], reopen=False)
+    calibration = next((result["calibration"] for result, *_ in found.values() if result.get("calibration")), None)
+    if calibration is not None:
+        tracker.log_calibration(calibration)
     for trial_id, (result, names, rows, folder) in found.items():
         point = points.get(trial_id, {}) | result
         params = {key: point[key] for key in ("kind", "method", "unit", "thresholds") if key in point}
@@ -409,7 +440,9 @@ def _final_metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The numbers of a result.json as ``final/...`` metrics; what was not measured is left out."""
     for key in ("primal_steps", "dual_steps", "wall_seconds", "exact_objective"):
         yield f"final/{key}", result.get(key)
-    objective = result.get("objective") or {}
+    objective, certificate = result.get("objective") or {}, result.get("certificate") or {}
+    for key in ("level", "duality_gap", "duality_gap_stderr", "worst_violation"):
+        yield f"final/{key}", certificate.get(key)
     yield from (("final/objective", objective.get("value")), ("final/objective_stderr", objective.get("stderr")))
     for entry in result.get("constraints", ()):
         for key in ("metric", "metric_stderr", "user_value", "user_stderr", "violation", "stderr", "threshold"):

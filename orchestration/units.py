@@ -137,9 +137,9 @@ def unit_of(name: str, *, method: str = "", law: str | None = None, sense: str |
     noun, ask, symbol = _NOUNS[name], _ASKS[name, sense], _SYMBOLS[name]
     if name == "nats" and method in REVERSE and law != "or":
         symbol = "KL(p||{name})"
-    if (method, name) == ("adaptation", "loss"):
-        noun, symbol = "discrepancy", "discrepancy on {name}"
-        ask = "keep the mean squared discrepancy to the pretrained model on {names} at or below a requested value"
+    if name == "loss" and method in ("adaptation", "duo"):  # not of denoising, but of two models' predictions
+        noun, symbol = "distance", "distance on {name}"
+        ask = "keep the mean squared distance to the pretrained model on {names} at or below a requested value"
     if method in MIN_MAX:
         ask = f"make the largest {noun} from {{names}} as small as possible"
     return Unit(
@@ -152,6 +152,12 @@ def unit_of(name: str, *, method: str = "", law: str | None = None, sense: str |
         min_max=method in MIN_MAX,
         **_SCALES.get(name, {}),
     )
+
+
+def unit_of_config(config: Mapping) -> Unit:
+    """The unit of a sweep's thresholds, from its complete configuration as a dictionary."""
+    law = config["formulation"]["law"]
+    return unit_of(config["thresholds"]["unit"], method=config["method"], law=law)
 
 
 def calibration_values(calibration: Mapping, unit: Unit) -> list[tuple[str, float, float, int]]:

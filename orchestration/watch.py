@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from dualsweep.constraints import Simplex
+from dualsweep.constraints.lagrangian import min_max_level
 from dualsweep.orchestration.dual_ledger import FINAL
 from dualsweep.orchestration.dual_server import BASE_TRIAL, RayDual
 from dualsweep.orchestration.preflight import Plan
 from dualsweep.orchestration.trace import write_trace
 from dualsweep.orchestration.tracking import Tracker
+from dualsweep.orchestration.units import unit_of_config
 from dualsweep.trainers.workspace import write_json
 
 INTERVAL_S = 0.5
@@ -30,6 +33,16 @@ class TrialView:
     started: float | None = None
     result: dict[str, Any] | None = None
     error: str | None = None
+    min_max: bool = False
+
+    @property
+    def worst(self) -> float | None:
+        """The largest smoothed violation of the newest row, in a min-max problem above the level; None without any."""
+        violations = (self.row or {}).get("smoothed_violations")
+        if not violations:
+            return None
+        domain = Simplex() if self.min_max else None
+        return max(violations) - float(min_max_level(self.row["multipliers"], violations, domain) or 0.0)
 
     @property
     def over(self) -> bool:
@@ -48,6 +61,8 @@ class Watcher:
 
     def __init__(self, plan: Plan, server: RayDual, tracker: Tracker, *, slots: int) -> None:
         self.plan, self.server, self.tracker, self.slots = plan, server, tracker, slots
+        self.unit = unit_of_config(plan.config.to_dict())
+        self.calibration: dict[str, Any] | None = None  # what the pretrained model measures, from the first result
         self.views: dict[str, TrialView] = {point["trial_id"]: self._view(point) for point in plan.points}
         self.error: BaseException | None = None
         self.after_look: Callable[[], None] = lambda: None
@@ -62,7 +77,8 @@ class Watcher:
     def _view(self, point: dict[str, Any]) -> TrialView:
         config = self.plan.config
         steps = config.pretrain.steps if point["kind"] == "base" else config.primal.steps
-        return TrialView(point, dual_steps=steps // config.dual.primal_steps_per_dual_step)
+        dual_steps = steps // config.dual.primal_steps_per_dual_step
+        return TrialView(point, dual_steps=dual_steps, min_max=self.unit.min_max)
 
     def start(self) -> None:
         self._thread.start()
@@ -128,6 +144,9 @@ class Watcher:
         if view.over:
             self._ended.append(trial_id)
             view.result = seen["result"] or _failed_result(view)
+            if self.calibration is None and view.result.get("calibration"):
+                self.calibration = view.result["calibration"]
+                self.tracker.log_calibration(self.calibration)
             if view.point["kind"] == "base":
                 self.tracker.finish_trial(trial_id, view.result, None)
                 return
@@ -160,4 +179,5 @@ def _failed_result(view: TrialView) -> dict[str, Any]:
         "constraints": [],
         "certificate": None,
         "histogram": None,
+        "calibration": None,
     }

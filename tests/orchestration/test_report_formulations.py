@@ -543,7 +543,7 @@ def test_classes_of_a_set_are_those_its_configuration_lists(tmp_path):
         ("unlearn_likelihood", "likelihood_ratio", None, 1.93, "ratio of near 1.930 ± 0.020"),
         ("alignment", "reward", None, 0.0, "reward near 0.000 ± 0.020 s.d."),
         ("siss", "loss", None, 0.1, "loss on near 0.100 ± 0.020"),
-        ("adaptation", "loss", None, 0.1, "discrepancy on near 0.100 ± 0.020"),
+        ("adaptation", "loss", None, 0.1, "distance on near 0.100 ± 0.020"),
     ],
 )
 def test_the_pretrained_model_in_one_line(method, unit, law, metric, text):

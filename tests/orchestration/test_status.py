@@ -3,6 +3,8 @@
 import fcntl
 import io
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,7 +15,9 @@ from dualsweep.orchestration.config import ConfigError, SweepConfig, sweep_point
 from dualsweep.orchestration.dual_ledger import DualLedger
 from dualsweep.orchestration.dual_server import BASE_TRIAL
 from dualsweep.orchestration.journal import Journal
+from dualsweep.orchestration.live import Progress, trial_table
 from dualsweep.orchestration.status import list_sweeps, rewrite_report, status_table, sweep_state, trial_views
+from dualsweep.orchestration.units import unit_of
 from dualsweep.orchestration.watch import TrialView
 
 NAMES = ("digit_4", "digit_5")
@@ -22,6 +26,14 @@ PROBLEM = Problem(
     objective="loss",
     constraints=tuple(Constraint(name=n, unit="share", threshold=0.1) for n in NAMES),
 ).to_dict()
+
+
+CALIBRATION = {
+    "unit": "share",
+    "metrics": dict.fromkeys(NAMES, -math.log(0.02)),
+    "stderrs": dict.fromkeys(NAMES, 0.1),
+    "counts": dict.fromkeys(NAMES, 512),
+}
 
 
 def result(trial_id, status="completed", label=None):
@@ -33,6 +45,7 @@ def result(trial_id, status="completed", label=None):
         "certificate": None,
         "constraints": [],
         "objective": None,
+        "calibration": CALIBRATION,
     }
 
 
@@ -279,3 +292,52 @@ def test_a_report_needs_a_result(folder):
     with pytest.raises(ConfigError, match="no finished trial yet"):
         rewrite_report(folder.path.parent, "small", track=False)
     assert not (folder.path / "report").exists()
+
+
+def test_what_the_pretrained_model_measures_stands_below_the_table(folder):
+    assert "pretrained model:" not in shown(status_table(folder.path.parent, "small"))
+    folder.begin("unconstrained")
+    folder.end("unconstrained", "completed")
+    text = " ".join(shown(status_table(folder.path.parent, "small")).split())
+    assert "pretrained model: share of digit_4 2.00 ± 0.39 %, share of digit_5 2.00 ± 0.39 % (95 %)" in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_driver_says_once_what_the_pretrained_model_measures(terminal):
+    view = TrialView({"trial_id": "a", "label": "a"}, status="running")
+    watcher = SimpleNamespace(views={"a": view}, began=0.0, slots=1, calibration=None, unit=unit_of("share"))
+    console = Console(file=io.StringIO(), width=200, force_terminal=terminal)
+    with Progress(watcher, console, title="small"):
+        watcher.after_look()
+        assert "pretrained" not in console.file.getvalue()
+        watcher.calibration = CALIBRATION
+        watcher.after_look()
+        watcher.after_look()
+    assert console.file.getvalue().count("pretrained model: share of digit_4 2.00 ± 0.39 %") == 1
+
+
+def view_with(violations, multipliers, *, min_max):
+    row = {"smoothed_violations": violations, "multipliers": multipliers, "objective": 0.1, "wall_time": 1.0}
+    point = {"trial_id": "a", "label": "a"}
+    return TrialView(point, status="running", dual_step=3, dual_steps=10, row=row, min_max=min_max)
+
+
+def test_in_a_min_max_problem_the_worst_violation_counts_from_the_level():
+    assert view_with([1.5, 1.0], [0.6, 0.4], min_max=False).worst == 1.5
+    assert view_with([1.5, 1.0], [0.6, 0.4], min_max=True).worst == pytest.approx(1.5 - (0.9 + 0.4))
+    assert view_with([], [], min_max=True).worst is None
+    assert "+0.200" in shown(trial_table([view_with([1.5, 1.0], [0.6, 0.4], min_max=True)], title=""))
+    assert "not yet" in shown(trial_table([view_with([1.5, 1.0], [0.6, 0.4], min_max=False)], title=""))
+
+
+def test_a_composition_is_shown_as_a_min_max_problem(tmp_path):
+    folder = Folder(tmp_path)
+    assert not any(view.min_max for view in views(folder).values())
+    stored = {**folder.config.to_dict(), "method": "composition"}
+    (folder.path / "sweep.yaml").write_text(yaml.safe_dump(stored), encoding="utf-8")
+    assert all(view.min_max for view in views(folder).values())
+
+
+def test_a_trial_that_had_nothing_to_train_shows_no_steps():
+    view = TrialView({"trial_id": "a", "label": "a"}, status="completed", dual_step=0, dual_steps=10)
+    assert " none " in shown(trial_table([view], title="")) and "0/10" not in shown(trial_table([view], title=""))

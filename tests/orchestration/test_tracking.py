@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import traceback
 import urllib.request
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import mlflow
@@ -69,11 +71,8 @@ def make_result(trial_id, verdict="feasible", status="completed", error=None):
     }
 
 
-@pytest.fixture(scope="session")
-def pipeline_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline") / "model"
-    torch.manual_seed(0)
-    unet = UNet2DModel(
+def small_unet(**options):
+    return UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=1,
@@ -82,8 +81,15 @@ def pipeline_folder(tmp_path_factory):
         norm_num_groups=4,
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
+        **options,
     )
-    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=20)).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline") / "model"
+    torch.manual_seed(0)
+    DDPMPipeline(small_unet(), DDPMScheduler(num_train_timesteps=20)).save_pretrained(folder)
     return folder
 
 
@@ -248,6 +254,104 @@ def test_a_model_that_is_no_pipeline_becomes_plain_artifacts(uri, make_sweep):
     run = runs["minority >= 0.1 (share-b)"]
     assert [entry.path for entry in client.list_artifacts(run.info.run_id, "model")] == ["model/config.json"]
     assert not run.outputs or not run.outputs.model_outputs
+
+
+def test_a_model_of_several_laws_samples_its_main_law_through_pyfunc(uri, tmp_path, monkeypatch):
+    torch.manual_seed(1)
+    unet = small_unet(num_class_embeds=3)
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=20)).save_pretrained(tmp_path / "trial" / "model")
+    with open_tracker(uri) as tracker:
+        tracker.start_trial("t1", "point", {}, constraints=NAMES)
+        tracker.finish_trial("t1", make_result("t1"), tmp_path / "trial")
+    _, runs = runs_by_name(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    model = mlflow.pyfunc.load_model(f"runs:/{runs['point'].info.run_id}/model")
+    found = model.predict(None, params={"num_samples": 3, "num_inference_steps": 4, "seed": 5})
+    wanted = {}
+    for label in (0, 1):  # a model without labels whose every prediction is made under this one
+        plain = DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=20))
+        plain.set_progress_bar_config(disable=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(unet, "forward", partial(unet.forward, class_labels=torch.full((3,), label)))
+            images = plain(
+                batch_size=3, generator=torch.Generator().manual_seed(5), num_inference_steps=4, output_type="np"
+            ).images
+        wanted[label] = images.transpose(0, 3, 1, 2) * 2 - 1
+    np.testing.assert_allclose(found, wanted[0], atol=1e-6)
+    assert np.abs(found - wanted[1]).max() > 1e-3
+
+
+def test_a_composed_law_is_no_pipeline(uri, pipeline_folder, tmp_path):
+    shutil.copytree(pipeline_folder, tmp_path / "trial" / "model")
+    (tmp_path / "trial" / "model" / "composition.json").write_text("{}", encoding="utf-8")
+    with open_tracker(uri) as tracker:
+        tracker.start_trial("t1", "point", {}, constraints=NAMES)
+        tracker.finish_trial("t1", make_result("t1"), tmp_path / "trial")
+    client, runs = runs_by_name(uri)
+    run = runs["point"]
+    assert not run.outputs or not run.outputs.model_outputs
+    assert "model/composition.json" in [entry.path for entry in client.list_artifacts(run.info.run_id, "model")]
+
+
+def test_points_of_the_plane_are_logged_as_numbers_and_as_a_picture(uri, tmp_path):
+    np.save(tmp_path / "samples.npy", np.random.default_rng(0).standard_normal((50, 2)).astype(np.float32))
+    with open_tracker(uri) as tracker:
+        tracker.start_trial("t1", "point", {}, constraints=NAMES)
+        tracker.finish_trial("t1", make_result("t1"), tmp_path)
+    client, runs = runs_by_name(uri)
+    run_id = runs["point"].info.run_id
+    listed = {entry.path for folder in ("", "figures") for entry in client.list_artifacts(run_id, folder)}
+    assert {"samples.npy", "figures/samples.png"} <= listed
+
+
+@pytest.mark.parametrize("through", ["watcher", "sync"])
+def test_what_the_pretrained_model_measures_belongs_to_the_parent_run_once(uri, make_sweep, through):
+    shares = {"digit_4": 0.02, "digit_7": 0.05}
+    calibration = {
+        "unit": "share",
+        "metrics": {name: -math.log(share) for name, share in shares.items()},
+        "stderrs": dict.fromkeys(shares, 0.1),
+        "counts": dict.fromkeys(shares, 512),
+    }
+    if through == "sync":
+        sweep = make_sweep()
+        path = sweep / "trials" / "share-b" / "result.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "calibration": calibration}), encoding="utf-8")
+        for _ in range(2):
+            with open_tracker(uri) as tracker:
+                sync_sweep(sweep, tracker)
+    else:
+        with open_tracker(uri) as tracker:
+            tracker.start_sweep({})
+            tracker.log_calibration(calibration)
+            tracker.log_calibration(calibration)
+    client, runs = runs_by_name(uri)
+    run = runs["digits"]
+    assert run.data.params["pretrained.unit"] == "share"
+    for name, share in shares.items():
+        history = client.get_metric_history(run.info.run_id, f"pretrained/{name}")
+        assert [point.value for point in history] == [pytest.approx(share)]
+        assert run.data.metrics[f"pretrained_stderr/{name}"] == pytest.approx(0.1 * share)
+
+
+def test_gap_level_and_signs_of_trouble_are_in_the_childs_run(uri):
+    certificate = {
+        "verdict": "feasible",
+        "level": 1.5,
+        "duality_gap": 0.02,
+        "duality_gap_stderr": 0.01,
+        "worst_violation": -0.1,
+        "saturated": ["digit_4"],
+        "symptoms": ["plateau of digit_7: multiplier rose from 0.1 to 0.9"],
+    }
+    with open_tracker(uri) as tracker:
+        tracker.start_trial("t1", "point", {}, constraints=NAMES)
+        tracker.finish_trial("t1", {**make_result("t1"), "certificate": certificate}, None)
+    run = runs_by_name(uri)[1]["point"]
+    found = {key: run.data.metrics[f"final/{key}"] for key in ("level", "duality_gap", "duality_gap_stderr")}
+    assert found == {"level": 1.5, "duality_gap": 0.02, "duality_gap_stderr": 0.01}
+    signs = "plateau of digit_7: multiplier rose from 0.1 to 0.9; multiplier of digit_4 at its bound"
+    assert run.data.tags["dualsweep.signs"] == signs
 
 
 def test_delivering_everything_twice_changes_nothing(uri, make_sweep):

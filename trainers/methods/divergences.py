@@ -49,7 +49,7 @@ class DivergenceConstraints(Method):
         @torch.no_grad()
         def predict(x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             given = [] if condition is None else [torch.full_like(timestep, condition)]
-            return self.setting.base(x_t, timestep, *given).float()
+            return self.setting.base(x_t, timestep, *given)
 
         return predict
 

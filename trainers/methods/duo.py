@@ -41,6 +41,10 @@ from dualsweep.trainers.oracles import Oracle
 PAIR = ("preferred", "rejected")
 HELD_OUT_SAMPLES = 8192
 HELD_OUT_LEVELS = 64
+import os
+from dualsweep.trainers.noise_schedule import NoiseSchedule as _N
+_ls=_N().log_snr; _sh=0.5*-np.diff(np.concatenate([_ls[:1],(_ls[1:]+_ls[:-1])/2,_ls[-1:]]))
+PROPOSAL={'logsnr':None,'uniform':np.ones(1000),'half':_sh/_sh.sum()+1/1000,'logistic':_sh/np.cosh(_ls/4)}[os.environ.get('PROP','logsnr')]
 
 
 class DUO(Method):
@@ -106,16 +110,29 @@ class DUO(Method):
     def primal_loss(self, denoiser: torch.nn.Module, batch: Batch, multipliers: torch.Tensor) -> PrimalTerms:
         """Preference loss + multiplier * prior, over 1 + multiplier if normalised, in one forward."""
         log_ratios, distances = self._estimates(denoiser, batch)
-        beta, pairs = self.setting.options["beta"], batch.counts[0]
-        losses = functional.softplus(-beta * (log_ratios[:pairs, 0] - log_ratios[:pairs, 1]))
+        pairs = batch.counts[0]
+        losses = self._preference_losses(log_ratios[:pairs, :, 0] - log_ratios[:pairs, :, 1])
         loss = losses.sum() / batch.global_counts[0]
         if not self.setting.names:
             return PrimalTerms(loss, losses, (pairs,))
-        prior = distances[pairs:].flatten()
+        prior = distances[pairs:].mean(1).flatten()
         loss = loss + multipliers[0] * prior.sum() / (2 * batch.global_counts[1])
         if self.setting.optimizer.get("normalize", True):
             loss = loss / (1 + multipliers[0])
         return PrimalTerms(loss, torch.cat([losses, prior]), (pairs, len(prior)))
+
+    def _preference_losses(self, margins: torch.Tensor) -> torch.Tensor:
+        """-log sigmoid(beta margin) of every pair from estimates of its margin, (pairs, 1) or (pairs, levels).
+
+        The two halves of the levels are estimates of their own with twice the variance, so that twice the loss of the mean
+        less the mean loss of the halves is free of the part of the bias in proportion to the variance.
+        """
+        beta = self.setting.options["beta"]
+        losses = functional.softplus(-beta * margins.mean(1))
+        if margins.shape[1] == 1:
+            return losses
+        halves = margins.unflatten(1, (2, -1)).mean(2)
+        return 2 * losses - functional.softplus(-beta * halves).mean(1)
 
     def _estimates(self, denoiser: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """log p/q of every sample, and its share of the prior term, (draws, 2) each; see the module docstring."""
@@ -123,11 +140,12 @@ class DUO(Method):
         noise, timestep = batch.noise, batch.timestep[:, None]
         weight = torch.full_like(timestep, 1 / elements, dtype=torch.float32)
         if not self._published:
-            levels = noise.shape[1]
+            half = noise.shape[1] // 2
+            parts = torch.arange(half, device=timestep.device)
             shift = (timestep + 0.5) / schedule.num_train_timesteps
-            parts = torch.arange(levels, device=timestep.device)
-            timestep, weight = sample_timesteps(schedule, (parts + shift) / levels)
-            noise, timestep, weight = torch.cat([noise, -noise], 1), timestep.repeat(1, 2), weight.repeat(1, 2)
+            # Two halves, each one timestep from every part of its range, whose union is evenly spaced as well.
+            uniforms = torch.cat([(parts + shift) / half, (parts + (shift + 0.5) % 1) / half], dim=1)
+            timestep, weight = sample_timesteps(schedule, uniforms, proposal=PROPOSAL)
         shape = (*noise.shape[:2], 2, *noise.shape[2:])  # draws, levels, the two samples of a draw, elements
         noise, timestep = noise.unsqueeze(2).expand(shape), timestep.unsqueeze(2).expand(shape[:3])
         x_t = schedule.add_noise(
@@ -143,11 +161,12 @@ class DUO(Method):
             of_base = self.setting.base(x_t.flatten(0, 2), timestep.flatten()).float().view(shape)
         gap = of_model - of_base
 
-        def averaged(values: torch.Tensor) -> torch.Tensor:
-            return (weight.unsqueeze(2) * values.flatten(3).sum(3)).mean(1)
+        def weighted(values: torch.Tensor) -> torch.Tensor:
+            per_level = weight.unsqueeze(2) * values.flatten(3).sum(3)
+            return per_level.unflatten(1, (-1, batch.noise.shape[1])).mean(1)  # over the signs of the noise
 
         # |noise - base|^2 - |noise - model|^2 as a product: near the clean end the squares agree in most of their digits.
-        return averaged(gap * (2 * noise - of_model - of_base)), averaged(gap.square())
+        return weighted(gap * (2 * noise - of_model - of_base)), weighted(gap.square())
 
     # -- measurement ------------------------------------------------------------------------------------------------
 
