@@ -8,7 +8,7 @@ The pilot's 2000 draws give the root mean square of the squared gap in 16 bins o
 times the log SNR each timestep stands for, plus a tenth of uniform in log SNR. Pairs of exact mixture denoisers, then
 pairs of small MLPs trained here; a seed stands for a set of draws, and for MLPs a training.
 
-    python benchmarks/timestep_sampling.py [--seeds 5] [--draws 20000]
+    python benchmarks/timestep_sampling.py [--seeds 4] [--draws 20000]
 """
 
 import argparse
@@ -26,7 +26,7 @@ from dualsweep.trainers.estimators import Predictor, sample_timesteps
 from dualsweep.trainers.models import MLPDenoiser
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 
-TRAIN_STEPS = 600
+TRAIN_STEPS = 500
 PILOT_DRAWS, PILOT_BINS = 2000, 16
 CORNERS = [[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]
 
@@ -91,7 +91,7 @@ def compare(p: Predictor, q: Predictor, law: GaussianMixture, schedule: NoiseSch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--draws", type=int, default=20_000)
     options = parser.parse_args()
     torch.set_num_threads(1)

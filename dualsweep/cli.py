@@ -204,13 +204,18 @@ def _finish(outcome) -> None:
 
 def _closing_table(rows: list[dict]) -> Table:
     """Baselines and points: what was asked, what came out, what it costs, and whether the certificate holds."""
-    from dualsweep.orchestration.units import measured, unit_of
+    from dualsweep.orchestration.units import number, unit_of
 
     unit = unit_of(rows[0]["unit"], sense=rows[0]["sense"])
-    columns = ["trial", "status", "asked", f"{unit.worst} {unit.noun}", "cost", "certificate"]
     warned = any(row["warnings"] for row in rows)
+    # The units stand in the heads: the table has to fit 80 columns.
     table = Table(
-        *columns,
+        "trial",
+        "status",
+        f"asked {unit.sign} {unit.axis}".strip(),
+        f"{unit.worst} {unit.noun} {unit.axis}".strip(),
+        f"cost ({rows[0]['objective_unit']})",
+        "certificate",
         *(["signs of trouble"] if warned else []),
         "front",
         title="result",
@@ -219,18 +224,23 @@ def _closing_table(rows: list[dict]) -> Table:
         caption_justify="left",
     )
     for row in rows:
-        known = math.isfinite(row["objective"])
         table.add_row(
             escape(row["label"]),
             row["status"],
-            f"{unit.sign} {unit.text(row['requested'])}" if math.isfinite(row["requested"]) else "",
-            unit.text(row["achieved"], row["achieved_stderr"]) if math.isfinite(row["achieved"]) else "",
-            f"{measured(row['objective'], row['objective_stderr'])} {row['objective_unit']}" if known else "",
+            number(row["requested"] * unit.scale) if math.isfinite(row["requested"]) else "",
+            _measured(row["achieved"] * unit.scale, row["achieved_stderr"] * unit.scale),
+            _measured(row["objective"], row["objective_stderr"]),
             row["verdict"],
             *([escape(row["warnings"])] if warned else []),
             "*" if row["on_front"] else "",
         )
     return table
+
+
+def _measured(value: float, stderr: float) -> str:
+    from dualsweep.orchestration.units import measured
+
+    return measured(value, stderr) if math.isfinite(value) else ""
 
 
 @app.callback(invoke_without_command=True)

@@ -12,6 +12,7 @@ from dualsweep.constraints.problem import resolved_sense
 from dualsweep.constraints.senses import threshold_sense
 
 NORMAL_95 = 1.96  # two-sided 95 % quantile of the standard normal: every error bar is value +- 1.96 s.e.
+MOST_DECIMALS = 6
 MIN_MAX = ("composition",)
 REVERSE = (
     "composition",
@@ -35,9 +36,11 @@ def number(value: object, digits: int = 3) -> str:
 def measured(value: float, stderr: float) -> str:
     """``value ± 1.96 s.e.``, both to the second digit of the bound; three digits where no standard error is known."""
     half = NORMAL_95 * stderr
-    if not (finite(half) and half > 0):
+    if not (finite(value) and finite(half) and half > 0):
         return number(value)
     decimals = max(1 - math.floor(math.log10(half)), 0)
+    if decimals > MOST_DECIMALS:
+        return f"{value:.1e} ± {half:.1e}"
     return f"{value:.{decimals}f} ± {half:.{decimals}f}"
 
 

@@ -9,6 +9,7 @@ from sklearn.svm import SVC
 from dualsweep.datasets import ConstrainedData, LabelledSet
 
 MAX_TRAINING_IMAGES_PER_CLASS = 500  # keeps the SVM's training in seconds on sets the size of MNIST
+FEW_IMAGES = 150  # a class with fewer gets copies of them, moved by half a pixel, up to this many
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,19 @@ class Labeller:
 
 
 def training_labeller(data: ConstrainedData) -> Labeller:
-    """For the share constraints of a running trial: sees only what the trial may see, the main training set."""
+    """For the share constraints of a running trial: sees only what the trial may see, the main training set.
+
+    A class of 14 digits is recognised in 91 of 100 unseen images, so its share reads low and the model overshoots; with the
+    moved copies it is 95, at as few false alarms. Measured in docs/performance.md.
+    """
     if data.reference_mixture is not None:
         return _posterior(data)
-    return _support_vectors(data, train=data.main, test=data.held_out_main, name="SVM on the training images")
+    return _support_vectors(
+        data,
+        train=with_moved_copies(data.main),
+        test=data.held_out_main,
+        name="SVM on the training images, rare ones moved too",
+    )
 
 
 def evaluation_labeller(data: ConstrainedData, *, seed: int) -> Labeller:
@@ -40,6 +50,24 @@ def evaluation_labeller(data: ConstrainedData, *, seed: int) -> Labeller:
         test=LabelledSet(reference.samples[~first], reference.labels[~first]),
         name="SVM (RBF) on half of the real images",
     )
+
+
+def with_moved_copies(images: LabelledSet) -> LabelledSet:
+    """The images first, then for classes of fewer than `FEW_IMAGES` copies moved by half a pixel, as many as they lack.
+
+    A copy is the mean of an image and the same moved by one pixel, right, left, down or up in this order; edges repeat.
+    """
+    margins = [(0, 0)] * (images.samples.ndim - 2) + [(1, 1), (1, 1)]
+    height, width = images.samples.shape[-2:]
+    samples, labels = [images.samples], [images.labels]
+    for class_index in np.unique(images.labels).tolist():
+        own = images.of_class(class_index)
+        padded = np.pad(own, margins, mode="edge")
+        moved = [padded[..., y : y + height, x : x + width] for y, x in ((1, 0), (1, 2), (0, 1), (2, 1))]
+        copies = np.concatenate([(own + other) / 2 for other in moved])[: max(FEW_IMAGES - len(own), 0)]
+        samples.append(copies)
+        labels.append(np.full(len(copies), class_index))
+    return LabelledSet(np.concatenate(samples), np.concatenate(labels))
 
 
 def _support_vectors(data: ConstrainedData, *, train: LabelledSet, test: LabelledSet, name: str) -> Labeller:

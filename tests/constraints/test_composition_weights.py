@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -30,6 +30,8 @@ def test_known_balls():
 
 
 @given(lattices)
+@example(np.array([[3, 1], [1, 3], [2, -3], [-3, 3], [-3, -4]]))  # a fourth corner joins a triangle: affinely dependent
+@example(np.array([[-3, 2], [-1, -3], [-1, 0], [-3, 0], [8, 1]]))
 def test_every_weighted_mean_lies_on_the_sphere_and_no_mean_outside(means):
     weights = enclosing_ball_weights(means)
     assert (weights >= 0).all()

@@ -26,7 +26,7 @@ from dualsweep.orchestration import figures
 from dualsweep.orchestration.report import frontier_table, write_report
 from dualsweep.orchestration.sweep_record import load_sweep
 from dualsweep.orchestration.trace import write_trace
-from dualsweep.orchestration.units import calibration_text, unit_of
+from dualsweep.orchestration.units import calibration_text, measured, unit_of
 
 NAMES = ("near", "far")
 MEANS = np.array([[-1.5, -0.8], [1.5, -0.8], [0.0, 1.7]])
@@ -384,6 +384,13 @@ def test_margins_are_positive_where_the_request_is_met_in_either_sense(reported)
     margins = [(value(case, i) - r) * case.stricter * scale for i, r in enumerate(case.requests)]
     assert drawn == pytest.approx(sorted(np.concatenate(margins)), abs=1e-9)
     assert (margins[0] > 0).all() and (margins[3] < 0).all()
+    (eased,) = [line.get_xydata() for line in axes.lines if line.get_linestyle() == ":"]
+    tolerance = sweep.of_kind("constrained")[0].certificate["tolerance"]
+    if case.unit == "share":  # a tolerance in nats is a factor of the share
+        limit = eased[:, 0] + case.stricter * eased[:, 1]
+        assert np.log(eased[:, 0] / limit) * case.stricter == pytest.approx(np.full(100, tolerance))
+    else:
+        assert eased[:, 1] == pytest.approx(np.full(100, -tolerance))
 
 
 def test_csv_tables_hold_values_multipliers_symptoms_and_the_pretrained_model(reported):
@@ -555,3 +562,20 @@ def test_the_pretrained_model_in_one_line(method, unit, law, metric, text):
 def test_an_unknown_unit_is_refused_by_name():
     with pytest.raises(ValueError, match="unknown unit 'bits'; the known units are"):
         unit_of("bits")
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "text"),
+    [
+        (1.234, 0.0102, "1.234 ± 0.020"),
+        (12.34, 3.0, "12.3 ± 5.9"),
+        (123.4, 30.0, "123 ± 59"),
+        (0.000012, 0.000031, "0.000012 ± 0.000061"),
+        (3.1e-9, 1.2e-8, "3.1e-09 ± 2.4e-08"),
+        (0.1234567, math.nan, "0.123"),
+        (0.1234567, 0.0, "0.123"),
+        (math.nan, 1.0, "–"),
+    ],
+)
+def test_a_value_has_the_digits_its_error_allows(value, stderr, text):
+    assert measured(value, stderr) == text

@@ -148,10 +148,17 @@ def test_the_closing_table_words_the_unit_in_its_sense(capsys):
     console = Console(width=160)
     console.print(_closing_table(rows))
     text = capsys.readouterr().out
-    assert "smallest divergence" in text and "≥ 3 nats" in text and "3.100 ± 0.020 nats" in text
-    assert "0.1000 ± 0.0039 nats" in text and "signs of trouble" not in text
+    assert "asked ≥ (nats)" in text and "smallest divergence (nats)" in text and "cost (nats)" in text
+    last = next(line for line in text.splitlines() if "sets >= 3" in line)
+    assert [cell.strip() for cell in last.strip("│ ").split("│")][2:6] == [
+        "3",
+        "3.100 ± 0.020",
+        "0.1000 ± 0.0039",
+        "feasible",
+    ]
+    assert "signs of trouble" not in text
     console.print(_closing_table([*rows, point_row("b", sense="<=", warnings="plateau (near)")]))
     assert "plateau (near)" in capsys.readouterr().out
     console.print(_closing_table([point_row("a", unit="share", sense="<=", requested=0.05, achieved=0.04)]))
     text = capsys.readouterr().out
-    assert "largest share" in text and "≤ 5 %" in text
+    assert "largest share (%)" in text and "asked ≤ (%)" in text and "│ 5 " in text and "4.0 ± 2.0" in text

@@ -129,7 +129,7 @@ class Adaptation(DivergenceConstraints):
         if self.setting.unit == "nats":
             return super().row_values(name, denoiser, x_0, generator)
         schedule = self.setting.schedule
-        noise = torch.from_numpy(generator.standard_normal(x_0.shape, dtype=np.float32)).to(x_0.device)
+        noise = torch.from_numpy(generator.standard_normal(x_0.shape, dtype=np.float32)).to(x_0)
         timestep = torch.from_numpy(generator.integers(schedule.num_train_timesteps, size=len(x_0))).to(x_0.device)
         x_t = noise if self.pure_noise else schedule.add_noise(x_0, noise, timestep)
         return mean_squares(denoiser(x_t, timestep), self.law(name)(x_t, timestep))

@@ -19,7 +19,7 @@ for the sampled log ratios; methods.md 3, 7 and 11.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -39,7 +39,7 @@ from dualsweep.trainers.samplers import starting_noise
 POOL_COUNTER = CALIBRATION_COUNTER + 1
 OBJECTIVE_COUNTER = CALIBRATION_COUNTER + 2
 ERROR_SAMPLES = 4096  # of the main data, for the variance of the chain: known to 1 percent a step
-CHUNK = 1024  # paths drawn at once where nothing is differentiated
+PART = 1024  # paths drawn at once where nothing is differentiated
 BASELINE_DIM = 8  # up to here the baseline is a regression, above a mean
 ROWS_A_FEATURE = 8  # fewer paths a step than this many times the features: the mean, too
 RIDGE = 1e-3
@@ -108,7 +108,8 @@ class OnPolicy(Method):
         """Shift, scale (num_constraints, 1) and scaled values (num_constraints, pool) of the pretrained chain, float64."""
         key = ("pool", self.name, self.setting.names)
         if key not in self.setting.cache:
-            _, raw, _ = self._draw(self.setting.base, self.setting.options["pool"], POOL_COUNTER)
+            paths = self._paths(self.setting.base, self.setting.options["pool"], POOL_COUNTER)
+            raw = torch.cat([self.raw_values(states[-1], noises).double() for states, noises in paths], dim=1)
             shift, scale = self.scales(raw)
             self.setting.cache[key] = (shift, scale, (raw - shift) / scale)
         return self.setting.cache[key]
@@ -120,30 +121,19 @@ class OnPolicy(Method):
         return (raw - shift.to(raw)) / scale.to(raw)
 
     @torch.no_grad()
-    def _draw(
+    def _paths(
         self, denoiser: torch.nn.Module, count: int, counter: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Fresh paths of a model: KL of every path (n,), raw values (num_constraints, n), both float64, and samples."""
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Fresh paths of a model in parts: states as the chain gives them, and the noises (n, *noise_shape) behind them."""
         was_training = denoiser.training
         denoiser.eval()
-        found = []
-        for chunk, start in enumerate(range(0, count, CHUNK)):
-            size = {chunk: min(CHUNK, count - start)}
-            drawn = {"seed": self.setting.seed, "counter": counter, "shards": [chunk], "counts": size}
-            noises = starting_noise(**drawn, shape=self.noise_shape).to(self.setting.device)
-            states = self.chain.rollout(denoiser, noises)
-            divergences = self._divergences(denoiser, states)
-            found.append((divergences.sum(0).double(), self.raw_values(states[-1], noises).double(), states[-1]))
+        for part, start in enumerate(range(0, count, PART)):
+            sizes = {part: min(PART, count - start)}
+            noises = starting_noise(
+                seed=self.setting.seed, counter=counter, shards=[part], counts=sizes, shape=self.noise_shape
+            ).to(self.setting.device)
+            yield self.chain.rollout(denoiser, noises), noises
         denoiser.train(was_training)
-        divergence, raw, samples = zip(*found, strict=True)
-        return torch.cat(divergence), torch.cat(raw, dim=1), torch.cat(samples)
-
-    def _divergences(self, denoiser: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
-        chain = self.chain
-        means, others = (
-            chain.means(states, chain.predictions(model, states)) for model in (denoiser, self.setting.base)
-        )
-        return chain.divergences(means, others)
 
     # -- primal ---------------------------------------------------------------------------------------------------------
 
@@ -257,24 +247,27 @@ class OnPolicy(Method):
         num_sampling_steps: int,
         labeller: Labeller | None = None,
     ) -> Draws | None:
-        """Outside the training, where the primal steps tell: rows (path KL, scaled values) of fresh paths."""
+        """Scaled values of fresh paths; None while training, where those of the primal steps are the metrics."""
         if counter < EVALUATION_COUNTER or not self.setting.names:
             return None
-        divergences, raw, samples = self._draw(denoiser, sum(counts[shard] for shard in shards), counter)
-        shift, scale, _ = self._pool
-        rows = torch.cat([divergences[None], (raw - shift) / scale])
-        return Draws(rows.T.cpu().numpy(), samples.cpu())
+        paths = self._paths(denoiser, sum(counts[shard] for shard in shards), counter)
+        drawn = [(self.values(states[-1], noises), states[-1]) for states, noises in paths]
+        values, samples = zip(*drawn, strict=True)
+        return Draws(torch.cat(values, dim=1).T.double().cpu().numpy(), torch.cat(samples).cpu())
 
     def measurement(self, rows: np.ndarray, multipliers: np.ndarray) -> Measurement:
-        return mean_measurement(rows[:, 1:])
+        return mean_measurement(rows)
 
     def calibrate(self) -> Measurement:
         """Of the pool that defines the unit."""
         return mean_measurement(self._pool[2].T.cpu().numpy())
 
     def objective(self, denoiser: torch.nn.Module, multipliers: torch.Tensor, *, evaluation, base_errors) -> Objective:
-        divergences, _, _ = self._draw(denoiser, evaluation["num_samples"], OBJECTIVE_COUNTER)
-        values = divergences.cpu().numpy()
+        chain, found = self.chain, []
+        for states, noises in self._paths(denoiser, evaluation["num_samples"], OBJECTIVE_COUNTER):
+            others = chain.means(states, chain.predictions(self.setting.base, states))
+            found.append(chain.divergences(chain.drawn_means(states, noises), others).sum(0).double())
+        values = torch.cat(found).cpu().numpy()
         value, stderr = mean_and_stderr(values.sum(), np.square(values).sum(), len(values))
         return Objective(value, stderr, "KL(p||q) of the chain's paths, on fresh draws")
 
