@@ -46,6 +46,8 @@ from dualsweep.trainers.models import Denoiser, build_denoiser
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.samplers import ddim_sample, starting_noise
 
+Judge = Callable[[np.ndarray], np.ndarray]  # samples -> membership weights (n, num_classes)
+
 SHARE = 0.1
 FEW = 16  # images of a class that estimators may learn from; digits have 14 or 15
 FRESH = 64
@@ -159,7 +161,7 @@ def under(denoiser: Denoiser, condition: int) -> Predictor:
     return lambda x_t, timestep: denoiser(x_t, timestep, torch.full_like(timestep, condition))
 
 
-def plain_classifier(data: ConstrainedData) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
+def plain_classifier(data: ConstrainedData) -> tuple[Judge, np.ndarray]:
     """Membership weights of an SVM on the training images, and its confusion matrix (true class, answer) from 5 folds."""
 
     def flat(x: np.ndarray) -> np.ndarray:
@@ -175,16 +177,18 @@ def plain_classifier(data: ConstrainedData) -> tuple[Callable[[np.ndarray], np.n
 
 def measure(case: Case, seed: int) -> tuple[dict[str, tuple[float, float]], dict[str, Found]]:
     """(share, standard error) of every rare class, and every kind of estimate."""
-    config = load_config(EXAMPLES / case.example, [f"data.seed={seed}"], environment=False).to_dict()
-    data = build(load_config(EXAMPLES / case.example, [f"data.seed={seed}"], environment=False).data)
+    example = load_config(EXAMPLES / case.example, [f"data.seed={seed}"], environment=False)
+    config, data = example.to_dict(), build(example.data)
     known = data.reference_mixture is not None
     bench = Bench(case, data, config["model"], NoiseSchedule(**config["schedule"], clip_sample=not known), seed)
     found: dict[str, Found] = defaultdict(lambda: Found(defaultdict(list), [], []))
     shared, joint_seconds = _timed(bench.judged_model)
     p, columns = under(shared, 0), list(data.constraint_classes.values())
-    rows = evaluation_labeller(data, seed=seed).label(
-        bench.samples(shared, case.truth_draws, case.sampling_steps[1], counter=0)
-    )[:, columns]
+    steps, truth_steps = case.sampling_steps
+    drawn = [_timed(partial(bench.samples, shared, DRAWS, steps, counter=1 + repeat)) for repeat in range(case.repeats)]
+    rows = evaluation_labeller(data, seed=seed).label(bench.samples(shared, case.truth_draws, truth_steps, counter=0))[
+        :, columns
+    ]
     truth = share_measurement(rows)
     metrics = dict(zip(data.constraint_classes, truth.metrics, strict=True))
 
@@ -207,18 +211,11 @@ def measure(case: Case, seed: int) -> tuple[dict[str, tuple[float, float]], dict
             (value, stderr), seconds = _timed(partial(bench.divergence, law, p, images))
             note(kind, name, value, stderr, seconds)
             found[kind].once += cost
-    judges: dict[str, Callable[[np.ndarray], np.ndarray]] = {"on-policy": training_labeller(data).label}
-    if not known:
-        judges["on-policy, plain"], confusion = plain_classifier(data)
-        judges["on-policy, adjusted"] = lambda x: judges["on-policy, plain"](x) @ np.linalg.inv(confusion)
-    for repeat in range(case.repeats):
-        samples, drawing = _timed(partial(bench.samples, shared, DRAWS, case.sampling_steps[0], counter=1 + repeat))
-        for kind, judge in judges.items():
+    for kind, (judge, once) in _judges(data).items():
+        found[kind].once = once
+        for samples, drawing in drawn:
             weights, judging = _timed(partial(judge, samples))
-            # adjusted counts may fall below zero
-            measured = share_measurement(
-                weights[:, columns] if kind != "on-policy, adjusted" else _lifted(weights, columns)
-            )
+            measured = share_measurement(weights[:, columns])
             for name, value, stderr in zip(metrics, measured.metrics, measured.stderrs, strict=True):
                 note(kind, name, value, stderr, drawing + judging)
     shares = {
@@ -228,10 +225,19 @@ def measure(case: Case, seed: int) -> tuple[dict[str, tuple[float, float]], dict
     return shares, found
 
 
-def _lifted(weights: np.ndarray, columns: list[int]) -> np.ndarray:
-    """Shifted up where their mean is negative, so that a share of nothing has a finite metric."""
-    chosen = weights[:, columns]
-    return chosen - np.minimum(chosen.mean(0), 0.0)
+def _judges(data: ConstrainedData) -> dict[str, tuple[Judge, float]]:
+    """By kind of estimate, who labels samples and the seconds of training them."""
+    ours, once = _timed(partial(training_labeller, data))
+    judges = {"on-policy": (ours.label, once)}
+    if data.reference_mixture is None:
+        (plain, confusion), once = _timed(partial(plain_classifier, data))
+
+        def adjusted(samples: np.ndarray) -> np.ndarray:
+            weights = plain(samples) @ np.linalg.inv(confusion)
+            return weights - np.minimum(weights.mean(0), 0.0)  # a negative count has no logarithm
+
+        judges |= {"on-policy, plain": (plain, once), "on-policy, adjusted": (adjusted, once)}
+    return judges
 
 
 def _timed(call: Callable[[], object]):

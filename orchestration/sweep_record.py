@@ -112,7 +112,7 @@ class Trial:
     @property
     def warnings(self) -> list[str]:
         """Multipliers at a bound of their domain and symptoms, a few words each."""
-        bound = [] and [f"multiplier at its bound ({name})" for name in self.certificate.get("saturated") or ()]
+        bound = [f"multiplier at its bound ({name})" for name in self.certificate.get("saturated") or ()]
         return [*bound, *dict.fromkeys(sign.short for sign in self.signs)]
 
     @property

@@ -43,13 +43,15 @@ class Chain:
 
         Exact where nothing is clipped; `divergences` is exact always.
         """
-        power, following = self.alpha_bar[:-1], self.alpha_bar[1:]
-        slopes = self._noise_scales - np.sqrt(following * (1 - power) / power)
-        return np.square(slopes) / (2 * np.square(self.stds))
+        signal, spread, following, along = self._coefficients
+        return np.square(along - following * spread / signal) / (2 * np.square(self.stds))
 
     @cached_property
-    def _noise_scales(self) -> np.ndarray:
-        return np.sqrt(1 - self.alpha_bar[1:] - conditional_variances(self.alpha_bar))
+    def _coefficients(self) -> np.ndarray:
+        """sqrt(a), sqrt(1 - a), sqrt(s) and sqrt(1 - s - b) of the module docstring, (4, steps)."""
+        power, following = self.alpha_bar[:-1], self.alpha_bar[1:]
+        along = 1 - following - conditional_variances(self.alpha_bar)
+        return np.sqrt([power, 1 - power, following, along])
 
     def rollout(self, predictor: Predictor, noises: torch.Tensor) -> torch.Tensor:
         """Run the chain; where torch records gradients they flow through all of it.
@@ -85,8 +87,7 @@ class Chain:
 
     def _next_mean(self, predictor: Predictor, x_t: torch.Tensor, step: int) -> torch.Tensor:
         timestep = torch.full((len(x_t),), int(self.timesteps[step]), device=x_t.device)
-        # One step alone: its column of coefficients has a single entry and spreads over the samples.
-        return self._means(x_t, predictor(x_t, timestep).to(x_t.dtype), slice(step, step + 1))
+        return self._means(x_t, predictor(x_t, timestep).to(x_t.dtype), *self._coefficients[:, step].tolist())
 
     def predictions(self, predictor: Predictor, states: torch.Tensor) -> torch.Tensor:
         """Noise predictions at every state where a step begins, in one forward.
@@ -101,26 +102,30 @@ class Chain:
 
     def clean(self, states: torch.Tensor, predictions: torch.Tensor) -> torch.Tensor:
         """The x_0 that the predictions stand for at every state where a step begins, (steps, n, *sample_shape)."""
-        return self._clean(states[:-1], predictions, slice(None))
+        signal, spread, _, _ = self._columns(states)
+        return self._clean(states[:-1], predictions, signal, spread)
 
     def means(self, states: torch.Tensor, predictions: torch.Tensor) -> torch.Tensor:
         """Means of all transitions from the given states, (steps, n, *sample_shape)."""
-        return self._means(states[:-1], predictions, slice(None))
+        return self._means(states[:-1], predictions, *self._columns(states))
 
     def drawn_means(self, states: torch.Tensor, noises: torch.Tensor) -> torch.Tensor:
         """Means of the transitions that `rollout` made of these noises, without another forward; with their graph."""
         added = noises[:, 1:].transpose(0, 1)
         return states[1:] - _column(self.stds, added) * added
 
-    def _clean(self, x_t: torch.Tensor, prediction: torch.Tensor, steps: slice) -> torch.Tensor:
-        power = self.alpha_bar[:-1][steps]
-        x_0 = (x_t - _column(np.sqrt(1 - power), x_t) * prediction) / _column(np.sqrt(power), x_t)
+    def _columns(self, states: torch.Tensor) -> list[torch.Tensor]:
+        return [_column(values, states) for values in self._coefficients]
+
+    def _clean(self, x_t, prediction, signal, spread):
+        x_0 = (x_t - spread * prediction) / signal
         return x_0.clamp(-1, 1) if self.clip_sample else x_0
 
-    def _means(self, x_t: torch.Tensor, prediction: torch.Tensor, steps: slice) -> torch.Tensor:
-        x_0 = self._clean(x_t, prediction, steps)
-        signal = _column(np.sqrt(self.alpha_bar[1:][steps]), x_t)
-        return signal * x_0 + _column(self._noise_scales[steps], x_t) * prediction
+    def _means(self, x_t, prediction, signal, spread, following, along):
+        """Coefficients are numbers, or tensors that spread over the states."""
+        if not self.clip_sample:
+            return following / signal * x_t + (along - following * spread / signal) * prediction
+        return following * self._clean(x_t, prediction, signal, spread) + along * prediction
 
     def divergences(self, means: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         """KL in nats of two models' transitions from the same states, (steps, n)."""

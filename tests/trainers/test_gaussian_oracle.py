@@ -1,7 +1,7 @@
 """The real training loop against the closed form: shares of the rare components of a Gaussian mixture (methods.md H1).
 
 A denoiser is trained, the multipliers answer to its own samples, and the exact posterior of the mixture judges fresh ones.
-Seed 0; the s.e. of an achieved share is 0.003 to 0.004, so a tolerance of 0.02 is five of them and the rest is the model.
+Seed 0; the s.e. of an achieved share is 0.002 to 0.003 (20 000 samples); the rest of a tolerance is the model's.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "gmm_fairness.yaml"
 def results(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("oracle")
-    overrides = [f"storage={folder}", "thresholds.grid.minority=[0.1, 0.2]", "baselines.fixed_weights=[]"]
+    overrides = [f"storage={folder}", "baselines.fixed_weights=[]"]
     config = load_config(EXAMPLE, overrides, environment=False)
     workspace, dual = Workspace(config.to_dict(), config.data), LocalDual()
     base = {"trial_id": "base", "label": "base", "kind": "base", "thresholds": {}, "fixed_weight": None}
@@ -38,10 +38,10 @@ def shares(result):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.1, 0.2])
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2])
 def test_each_rare_component_reaches_the_share_asked_for(results, share):
     result = results[f"minority >= {share:g}"]
-    assert shares(result) == pytest.approx([share, share], abs=0.02)
+    assert shares(result) == pytest.approx([share, share], abs=0.01)
 
 
 @pytest.mark.slow
@@ -50,12 +50,12 @@ def test_the_unconstrained_model_keeps_the_rare_components_rare(results):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.1, 0.2])
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2])
 def test_the_multipliers_settle_at_the_closed_form(results, share):
-    # (0.0875, 0.0875) and (0.2833, 0.2833); the dual noise of 512 samples a step leaves about 0.01.
+    # (0.0222, 0.0222), (0.0875, 0.0875) and (0.2833, 0.2833); the dual noise of 768 samples a step leaves about 0.01.
     result = results[f"minority >= {share:g}"]
     exact = list(result["exact_multipliers"].values())
-    assert list(result["averaged_multipliers"].values()) == pytest.approx(exact, abs=0.025)
+    assert list(result["averaged_multipliers"].values()) == pytest.approx(exact, abs=0.02)
 
 
 @pytest.mark.slow

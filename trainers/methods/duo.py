@@ -41,16 +41,12 @@ from dualsweep.trainers.oracles import Oracle
 PAIR = ("preferred", "rejected")
 HELD_OUT_SAMPLES = 8192
 HELD_OUT_LEVELS = 64
-import os
-from dualsweep.trainers.noise_schedule import NoiseSchedule as _N
-_ls=_N().log_snr; _sh=0.5*-np.diff(np.concatenate([_ls[:1],(_ls[1:]+_ls[:-1])/2,_ls[-1:]]))
-PROPOSAL={'logsnr':None,'uniform':np.ones(1000),'half':_sh/_sh.sum()+1/1000,'logistic':_sh/np.cosh(_ls/4)}[os.environ.get('PROP','logsnr')]
 
 
 class DUO(Method):
     name = "duo"
     units = ("nats", "loss")
-    defaults: ClassVar[Mapping[str, Any]] = {"beta": 1.0, "levels": 8}
+    defaults: ClassVar[Mapping[str, Any]] = {"beta": 1.0, "levels": 16}
     objective_name = "preference loss"
 
     def __init__(self, setting: Setting) -> None:
@@ -83,6 +79,9 @@ class DUO(Method):
                 f"formulation.levels={config['formulation']['levels']}: the published loss has one timestep a pair; "
                 "remove it, or use the unit nats"
             )
+        levels = cls.options(config["formulation"])["levels"]
+        if levels % 2:
+            raise ValueError(f"formulation.levels={levels}: duo splits them into two halves; give an even number")
 
     # -- primal ---------------------------------------------------------------------------------------------------
 
@@ -145,7 +144,7 @@ class DUO(Method):
             shift = (timestep + 0.5) / schedule.num_train_timesteps
             # Two halves, each one timestep from every part of its range, whose union is evenly spaced as well.
             uniforms = torch.cat([(parts + shift) / half, (parts + (shift + 0.5) % 1) / half], dim=1)
-            timestep, weight = sample_timesteps(schedule, uniforms, proposal=PROPOSAL)
+            timestep, weight = sample_timesteps(schedule, uniforms)
         shape = (*noise.shape[:2], 2, *noise.shape[2:])  # draws, levels, the two samples of a draw, elements
         noise, timestep = noise.unsqueeze(2).expand(shape), timestep.unsqueeze(2).expand(shape[:3])
         x_t = schedule.add_noise(
