@@ -46,7 +46,7 @@ def test_no_other_law_does_better(beta, threshold):
     exact = preference_optimum(preferred=PREFERRED, rejected=REJECTED, beta=beta, threshold=threshold)
     value, p = numerical_optimum(beta, threshold)
     assert exact.loss == pytest.approx(value, abs=1e-8)
-    shares = [p[CLASSES == k].sum() for k in range(3)]
+    shares = [p[k == CLASSES].sum() for k in range(3)]
     rest = Q[CLASSES == 2].sum()
     # Around an optimum the loss is flat, so that its law is known to the root of what the loss is.
     assert shares == pytest.approx([PREFERRED + exact.moved, REJECTED - exact.moved, rest], abs=2e-4)

@@ -112,7 +112,7 @@ class TinyDenoiser(torch.nn.Module):
                 for sign in (1, -1):
                     weight[entry] += sign * step
                     with torch.enable_grad():
-                        ends.append(float(loss()))
+                        ends.append(float(loss().detach()))
                     weight[entry] -= sign * step
                 found.append((ends[0] - ends[1]) / (2 * step))
         return found
@@ -151,7 +151,7 @@ def part_of():
             torch.arange(len(batch.x_0)).split(batch.counts)[stream][piece].tolist()
             for stream, piece in enumerate(pieces)
         ]
-        chosen = torch.tensor(sum(rows, []), dtype=torch.int64)
+        chosen = torch.tensor([row for stream in rows for row in stream], dtype=torch.int64)
         return Batch(
             x_0=batch.x_0[chosen],
             noise=batch.noise[chosen],

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
 
 from dualsweep.constraints import Constraint
 from dualsweep.constraints.preference import preference_optimum
@@ -118,7 +119,7 @@ def test_the_published_loss_is_that_of_the_plain_loop(duo, data):
     batch, denoiser = batch_of(method), Reweighted(data.mixture, [0.2, 0.5, 0.3])
     terms = method.primal_loss(denoiser, batch, 3 * ONE)
     torch.testing.assert_close(terms.loss, published(method, denoiser, batch, 3.0), rtol=1e-4, atol=0)  # float32 models
-    assert terms.counts == (32, 32) and terms.values.shape == (64,)
+    assert terms.counts == (32, 16) and terms.values.shape == (48,)
 
 
 def test_log_ratios_and_divergence_are_estimated_without_bias(duo, data):
@@ -224,11 +225,11 @@ def trained(method, denoiser, multiplier, *, steps, dual=None):
         for group in optimizer.param_groups:
             group["lr"] = 0.05 if step < steps // 2 else 0.01
         optimizer.zero_grad()
-        terms = method.primal_loss(denoiser, batch_of(method, pairs=64, main=64, step=step), value * ONE)
+        terms = method.primal_loss(denoiser, batch_of(method, pairs=48, main=32, step=step), value * ONE)
         terms.loss.backward()
         optimizer.step()
         if dual is not None:
-            value = dual(value, float(terms.values[64:].mean()))
+            value = dual(value, float(terms.values[terms.counts[0] :].detach().mean()))
         u = denoiser.log_weights.detach().log_softmax(0) - q
         margins.append(float(u[1] - u[0]))
         multipliers.append(value)
@@ -236,23 +237,32 @@ def trained(method, denoiser, multiplier, *, steps, dual=None):
 
 
 def test_without_the_prior_the_margin_grows_and_with_it_the_margin_stops(duo, data):
-    """Deterministic preferences have no finite optimum (methods.md H7b): the constraint makes one."""
-    free, _ = trained(duo(options={"levels": 8}), Reweighted(data.mixture), 0.0, steps=160)
-    assert free[39] > 1.5 and free[79] > free[39] + 0.8 and free[159] > free[79] + 0.3
-    held, _ = trained(duo(options={"levels": 8}), Reweighted(data.mixture), 1.0, steps=160)
-    assert max(held) < 2.0 and abs(np.mean(held[-20:]) - np.mean(held[-60:-40])) < 0.1
+    """Deterministic preferences have no finite optimum (methods.md H7b): the constraint makes one.
+
+    At the multiplier 1 its margin is 1.28, which the noise inside the sigmoid lowers by 2 percent at 8 levels; Adam's own
+    noise stays below 0.1.
+    """
+    free, _ = trained(duo(options={"levels": 8}), Reweighted(data.mixture), 0.0, steps=100)
+    assert free[59] > free[19] + 1.0 and free[99] > free[59] + 0.15 and free[99] > 3.5
+    held, _ = trained(duo(options={"levels": 8}), Reweighted(data.mixture), 1.0, steps=100)
+
+    def at(threshold):
+        return preference_optimum(preferred=0.3, rejected=0.4, beta=1.0, threshold=threshold)
+
+    tight = brentq(lambda threshold: at(threshold).multiplier - 1.0, 0.01, 1.0)
+    assert np.mean(held[-40:]) == pytest.approx(at(tight).margin, abs=0.1) and max(held) < 2.0
 
 
 def test_primal_and_dual_steps_settle_at_the_closed_form(duo, data):
-    """The dual noise leaves 1 to 2 percent, the noise inside the sigmoid another 2 at 16 levels."""
+    """The dual noise leaves 1 to 2 percent, the noise inside the sigmoid 2 at 16 levels; without its correction 6 or more."""
     threshold = 0.1
     exact = preference_optimum(preferred=0.3, rejected=0.4, beta=1.0, threshold=threshold)
     method, denoiser = duo(), Reweighted(data.mixture)
     margins, multipliers = trained(
-        method, denoiser, 1.0, steps=300, dual=lambda value, metric: max(0.0, value + 0.3 * (metric - threshold))
+        method, denoiser, 1.2, steps=160, dual=lambda value, metric: max(0.0, value + 0.3 * (metric - threshold))
     )
-    assert np.mean(multipliers[-150:]) == pytest.approx(exact.multiplier, rel=0.06)
-    assert np.mean(margins[-100:]) == pytest.approx(exact.margin, rel=0.05)
+    assert np.mean(multipliers[-80:]) == pytest.approx(exact.multiplier, rel=0.06)
+    assert np.mean(margins[-60:]) == pytest.approx(exact.margin, rel=0.05)
     shares = denoiser.log_weights.detach().softmax(0).tolist()
     assert shares == pytest.approx([0.4 - exact.moved, 0.3 + exact.moved, 0.3], abs=0.02)
 
@@ -266,7 +276,7 @@ def test_held_out_metrics_and_objective_are_the_exact_ones(duo, data):
     margin = np.log(weights[1] / 0.3) - np.log(weights[0] / 0.4)
     # The noise inside the sigmoid: half its curvature, 0.1, times the variance of a margin at 64 levels, 0.04.
     assert objective.value == pytest.approx(np.log1p(np.exp(-margin)), abs=4 * objective.stderr + 0.005)
-    assert f"margin {margin:.1f}" in objective.meaning or "margin" in objective.meaning
+    assert "margin" in objective.meaning
     base = method.setting.base
     assert method.calibrate().metrics == [0.0] and method.held_out_measurement(base, ONE).metrics == [0.0]
     last = duo(unit="loss").held_out_measurement(denoiser, ONE)

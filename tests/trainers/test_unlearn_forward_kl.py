@@ -240,11 +240,9 @@ def test_the_mass_of_several_components_and_of_a_law_of_its_own(make_setting):
     sets = {
         "both": SetSpec(classes=(1, 2)),
         "right": SetSpec(means=((1.5, -0.8),), stds=(0.4,)),
-        "elsewhere": SetSpec(means=((4.0, 4.0),), stds=(0.4,)),
     }
     method = UnlearnForwardKL(make_setting(data=laboratory(sets), options=OPTIONS, unit="nats"))
     assert [method._mass(name) for name in ("both", "right")] == pytest.approx([0.6, 0.3], rel=1e-3)
-    assert method._mass("elsewhere") < 1e-6  # hardly anything of main lies there
 
 
 def test_the_mass_of_images_is_their_fraction_of_main(make_setting):
@@ -299,7 +297,7 @@ def test_the_divergence_in_the_other_direction_is_noticed(data, exact_denoiser):
 
 def test_a_pretrained_model_without_the_sets_conditions_is_refused(data, unlearning, conditional_denoiser):
     method = unlearning(unit="nats", schedule=SCHEDULE, base=conditional_denoiser([data.mixture], SCHEDULE))
-    with pytest.raises(ValueError, match="model.pretrained: the model knows 1 conditions.*needs 3"):
+    with pytest.raises(ValueError, match=r"model\.pretrained: the model knows 1 conditions.*needs 3"):
         method.law("right")
 
 
@@ -360,7 +358,7 @@ def test_divergences_from_single_images_are_refused():
     values["data"]["sets"]["top"] = {"classes": None, "samples": [4], "means": None, "stds": None, "weights": None}
     UnlearnForwardKL.check(values, ("right", "top"))
     values["thresholds"]["unit"] = "nats"
-    with pytest.raises(ValueError, match="data.sets.top lists single samples.*use the unit loss"):
+    with pytest.raises(ValueError, match=r"data\.sets\.top lists single samples.*use the unit loss"):
         UnlearnForwardKL.check(values, ("right", "top"))
 
 

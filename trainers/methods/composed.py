@@ -44,7 +44,7 @@ DUAL_VALUE_COUNTER = EVALUATION_COUNTER + 2
 CALIBRATION_DRAWS = 2048
 DUAL_VALUE_DRAWS = 4096
 SAMPLER_NOISE, RATIO_NOISE = 0xA11EA1, 0x1D7  # purposes that address random numbers
-ANCESTOR, LOG_Z, LOG_Z_VARIANCE = range(3)  # the first columns of a row; the log ratios of all conditions follow
+ANCESTOR, LOG_Z, LOG_Z_VARIANCE = range(3)  # the first columns of a row; log ratios follow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,10 @@ class Composed(Method):
 
     @property
     def measured_conditions(self) -> list[int]:
-        """Conditions whose divergence is measured: those of the constraints, led by the objective's if there is one."""
+        """Conditions whose divergence is measured: those of the constraints, led by the objective's if there is one.
+
+        No other condition has an exponent, so their log ratios tell the law's.
+        """
         return self.set_conditions
 
     @property
@@ -245,7 +248,7 @@ class Composed(Method):
         num_sampling_steps: int,
         labeller: Labeller | None = None,
     ) -> Draws:
-        """Dual-only: a row of `ANCESTOR`, `LOG_Z`, `LOG_Z_VARIANCE` and all conditions' log ratios for every sample.
+        """Dual-only: a row of `ANCESTOR`, `LOG_Z`, `LOG_Z_VARIANCE` and the measured conditions' log ratios for every sample.
 
         A student: the point KL of each measured condition on its own samples, a column each.
         """
@@ -253,7 +256,7 @@ class Composed(Method):
         if self.trains:
             return self.student_draws(denoiser, counter, drawn, counts, num_sampling_steps)
         if not drawn or not self.setting.names:
-            return Draws(np.zeros((0, 3 + self.num_conditions)))
+            return Draws(np.zeros((0, 3 + len(self.measured_conditions))))
         setting = self.setting
         population = self.population(multipliers, counter=counter, shards=drawn, counts=counts)
         noise = ShardNoise.addressed(
@@ -262,7 +265,7 @@ class Composed(Method):
         ratios = log_ratios(
             setting.base,
             population.x_0.to(setting.device),
-            range(self.num_conditions),
+            self.measured_conditions,
             setting.schedule,
             noise,
             levels=setting.options["levels"],
@@ -337,8 +340,8 @@ class Composed(Method):
     def _composed_measurement(self, rows: np.ndarray, exponents: np.ndarray) -> tuple[Measurement, tuple[float, float]]:
         """KL(p || q^k) of the measured conditions, and log Z with its standard error."""
         ratios = rows[:, LOG_Z_VARIANCE + 1 :]
-        log_p = ratios @ exponents  # above condition 0, and up to log Z
-        values = log_p[:, None] - ratios[:, self.measured_conditions]
+        log_p = ratios @ exponents[self.measured_conditions]  # above the first of them, and up to log Z
+        values = log_p[:, None] - ratios
         log_z = float(rows[:, LOG_Z].mean())
         # A system of n samples has n rows: each variance counts (n / rows)^2 once, so n / rows^2 a row.
         _, system = np.unique(rows[:, LOG_Z], return_inverse=True)

@@ -27,6 +27,7 @@ from dualsweep.trainers.oracles import Oracle, composition_and, composition_or
 from dualsweep.trainers.ratios import log_likelihood_ratios
 
 SET_NOISE = 0x5E75  # purpose that addresses random numbers: which samples of a set are taken
+OFFSETS = "composition offsets"
 
 
 class Composition(Composed):
@@ -39,8 +40,15 @@ class Composition(Composed):
         super().check(config, names)
         if len(names) < 2:
             raise ValueError(f"data.sets holds {len(names)} set: a composition needs at least two to be close to")
+        if config["baselines"]["fixed_weights"]:
+            raise ValueError(
+                f"baselines.fixed_weights={list(config['baselines']['fixed_weights'])}: weights of a composition sum to 1, so "
+                "one weight for all is the unconstrained run, which has equal weights; remove it"
+            )
 
     def domain(self, constraints: Sequence[Constraint]) -> DualDomain:
+        # A finished trial is judged by another instance: the offsets reach it through what the process keeps.
+        self.setting.cache[OFFSETS] = {constraint.name: constraint.threshold for constraint in constraints}
         return Simplex()
 
     @property
@@ -181,11 +189,13 @@ class Composition(Composed):
     def objective(
         self, denoiser: torch.nn.Module, multipliers: torch.Tensor, *, evaluation: Mapping[str, Any], base_errors
     ) -> Objective:
-        """The level: the largest divergence, before offsets."""
-        found = self.measured(denoiser, multipliers, evaluation)
-        worst = int(np.argmax(found.metrics))
-        names = "KL(q^i||p)" if self._mixes else "KL(p||q^i)"
-        return Objective(found.metrics[worst], found.stderrs[worst], f"level: the largest {names} over the sets")
+        """The level: the largest divergence above its offset."""
+        found, offsets = self.measured(denoiser, multipliers, evaluation), self.setting.cache.get(OFFSETS, {})
+        above = np.array(found.metrics) - [offsets.get(name, 0.0) for name in self.setting.names]
+        worst, meant = int(np.argmax(above)), "KL(q^i||p)" if self._mixes else "KL(p||q^i)"
+        return Objective(
+            float(above[worst]), found.stderrs[worst], f"level: the largest {meant} over the sets, above its offset"
+        )
 
     def dual_value(self, multipliers: np.ndarray) -> tuple[float, float] | None:
         """OR: ``sum lambda_i KL(q^i||p)`` at the mixture, from the held-out table; what a student does is no matter."""

@@ -114,11 +114,13 @@ class DUO(Method):
         loss = losses.sum() / batch.global_counts[0]
         if not self.setting.names:
             return PrimalTerms(loss, losses, (pairs,))
-        prior = distances[pairs:].mean(1).flatten()
-        loss = loss + multipliers[0] * prior.sum() / (2 * batch.global_counts[1])
+        prior = distances[pairs:].mean(1)
+        if self._published:
+            prior = prior[:, :1]  # the two samples of a draw share its noise, and nothing else is looked at
+        loss = loss + multipliers[0] * prior.sum() / (prior.shape[1] * batch.global_counts[1])
         if self.setting.optimizer.get("normalize", True):
             loss = loss / (1 + multipliers[0])
-        return PrimalTerms(loss, torch.cat([losses, prior]), (pairs, len(prior)))
+        return PrimalTerms(loss, torch.cat([losses, prior.flatten()]), (pairs, prior.numel()))
 
     def _preference_losses(self, margins: torch.Tensor) -> torch.Tensor:
         """-log sigmoid(beta margin) of every pair from estimates of its margin, (pairs, 1) or (pairs, levels).
