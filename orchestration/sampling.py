@@ -6,11 +6,10 @@ import matplotlib.image
 import numpy as np
 import torch
 
-from dualsweep.orchestration.config import ConfigError, SweepConfig, read_fields
+from dualsweep.orchestration.config import ConfigError
 from dualsweep.orchestration.sample_figures import scatter
 from dualsweep.trainers.methods.composed import COMPOSITION_FILE, load_composition
 from dualsweep.trainers.models import Denoiser, load_model, load_schedule
-from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.samplers import ddim_sample, starting_noise
 
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -51,7 +50,7 @@ def _draw(model: Path, count: int, steps: int, seed: int) -> np.ndarray:
         denoiser, schedule, composition = load_composition(model)
     else:
         denoiser = load_model(model)
-        schedule = _schedule(model)
+        schedule = load_schedule(model)
     shape = _sample_shape(denoiser)
     start = starting_noise(seed=seed, counter=0, shards=[0], counts={0: count}, shape=shape)
     with torch.inference_mode():
@@ -66,18 +65,6 @@ def _sample_shape(denoiser: Denoiser) -> tuple[int, ...]:
         return (config.dim,)
     size = config.sample_size
     return (config.in_channels, *((size, size) if isinstance(size, int) else size))
-
-
-def _schedule(model: Path) -> NoiseSchedule:
-    """The schedule stored beside the model, or that of the sweep whose trial it is: vectors' models are stored without."""
-    try:
-        return load_schedule(model)
-    except ValueError:
-        files = [folder / "sweep.yaml" for folder in model.absolute().parents[2:3]]
-        if not any(file.is_file() for file in files):
-            raise
-    config = SweepConfig.from_dict(read_fields(files[0]), source=str(files[0]))
-    return NoiseSchedule(**config.schedule.model_dump(), clip_sample=config.data.dataset != "gaussian_mixture")
 
 
 def _grid(samples: np.ndarray) -> np.ndarray:

@@ -8,7 +8,9 @@ only stations on the way, the last one of which, almost clean, is the law asked 
 * an importance weight. Along the reverse process with the composed score the products obey the Fokker-Planck equation
   but for a source, so a sample gathers ``d log w = -1/2 sum_k c_k |eps_k - eps_c|^2 d log SNR``, known from predictions
   already made. Systems of samples are resampled by it. It alone puts right how much mass each mode has, since no
-  correction moves samples between modes once the noise is small. The mean weight estimates Z;
+  correction moves samples between modes once the noise is small. The mean weight estimates Z. Where weights are of no
+  use because a few samples would carry them all (images), the mean of the log weights is log Z as far as corrections
+  keep the samples at each level's law (thermodynamic integration);
 * Langevin corrections towards the product at this level, with the noise of neighbouring steps averaged: of a Gaussian
   that leaves exactly the variance, where Euler's scheme leaves ``1 / (1 - h / 4)`` of it at a step of h variances.
 
@@ -93,7 +95,7 @@ class AnnealedSampler:
     levels: int = 24  # noise levels, evenly spaced in the angle acos(sqrt(alpha_bar))
     langevin_steps: int = 2  # corrections a level; 0: none
     langevin_step_size: float = 1.0  # in units of the variance of the law at that level, in (0, 4): beyond it diverges
-    resample_below: float = 0.5  # resample a system once its effective share falls below; 0: no weights, never
+    resample_below: float = 0.5  # resample a system once its effective share falls below; 0: never
 
     def __post_init__(self) -> None:
         if self.levels < 2 or self.langevin_steps < 0 or not 0 <= self.resample_below <= 1:
@@ -149,7 +151,7 @@ class _Run:
         self.kick = noise.normal(start.shape[1:]).to(start)
         self.log_weights, self.ancestors = np.zeros(len(start)), np.arange(len(start))
         edges = np.cumsum([0, *noise.counts])
-        self.systems = [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+        self.systems = [slice(a, b) for a, b in pairwise(edges) if b > a]
         self.generators = [g for g, count in zip(noise.generators, noise.counts, strict=True) if count]
         self.log_z = np.zeros(len(self.systems))
         self.variances = np.zeros(len(self.systems))
@@ -163,8 +165,8 @@ class _Run:
             self._predict(before, timestep)
             spread = self.spread
             self._evaluate(timestep)
+            self.log_weights -= 0.5 * (self._angle(before) - self._angle(timestep)) * (spread + self.spread)
             if sampler.resample_below:
-                self.log_weights -= 0.5 * (self._angle(before) - self._angle(timestep)) * (spread + self.spread)
                 self._resample(always=last)
         else:
             self._evaluate(timestep)
@@ -182,6 +184,10 @@ class _Run:
             raise ValueError(
                 "samples are not finite: lower langevin_step_size, or look at the coefficients and the model"
             )
+        if not self.sampler.resample_below:
+            for index, part in enumerate(self.systems):
+                found = self.log_weights[part]
+                self.log_z[index], self.variances[index] = found.mean(), found.var() / len(found)
         sizes = [part.stop - part.start for part in self.systems]
         return Population(
             x_0=x_0,
@@ -204,10 +210,9 @@ class _Run:
             max_rows=self.max_rows,
         )
         self.composed = torch.tensordot(self.weights, predictions, dims=1)
-        if self.sampler.resample_below:
-            gaps = (predictions - self.composed).square().flatten(2).sum(2)
-            power = float(self.alpha_bar[timestep])
-            self.spread = (self.weights @ gaps).double().cpu().numpy() / np.sqrt(power * (1 - power))
+        gaps = (predictions - self.composed).square().flatten(2).sum(2)
+        power = float(self.alpha_bar[timestep])
+        self.spread = (self.weights @ gaps).double().cpu().numpy() / np.sqrt(power * (1 - power))
 
     def _clean(self, timestep: int) -> torch.Tensor:
         power = float(self.alpha_bar[timestep])

@@ -144,13 +144,17 @@ def check_image_size(model: dict[str, Any], sample_shape: tuple[int, ...]) -> No
 
 
 def save_model(denoiser: Denoiser, schedule: NoiseSchedule, folder: Path) -> None:
-    """Write the diffusers layout: a DDPMPipeline for U-Nets, a plain model folder for vectors. Safetensors only."""
+    """Write the diffusers layout: a DDPMPipeline for U-Nets, a model folder with its scheduler for vectors.
+
+    Safetensors only.
+    """
     if isinstance(denoiser.network, UNet2DModel):
         DDPMPipeline(unet=denoiser.network, scheduler=schedule.scheduler).save_pretrained(
             folder, safe_serialization=True
         )
     else:
         denoiser.network.save_pretrained(folder, safe_serialization=True)
+        schedule.scheduler.save_pretrained(folder / "scheduler")
 
 
 def load_model(folder: str | Path) -> Denoiser:

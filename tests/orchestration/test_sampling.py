@@ -1,16 +1,16 @@
 """`dualsweep sample` on every kind of model a sweep leaves, and the closing table of the command line."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from rich.console import Console
 
 from dualsweep.cli import _closing_table
-from dualsweep.orchestration.config import ConfigError, SweepConfig
+from dualsweep.orchestration.config import ConfigError
 from dualsweep.orchestration.sampling import draw_samples
 from dualsweep.trainers.annealed import AnnealedSampler
 from dualsweep.trainers.methods.composed import ComposedLaw, save_composition
@@ -37,23 +37,8 @@ def vectors(tmp_path):
     torch.manual_seed(3)
     schedule = NoiseSchedule(**STEPS, clip_sample=False)
     denoiser = build_denoiser(MLP, (2,), schedule, num_conditions=3)
-    config = SweepConfig.from_dict(
-        {
-            "name": "plane",
-            "data": {
-                "dataset": "gaussian_mixture",
-                "means": [[-1, 0], [1, 0]],
-                "stds": [0.4, 0.4],
-                "minority": {"classes": [1]},
-            },
-            "model": MLP,
-            "schedule": STEPS,
-            "thresholds": {"grid": {"minority": [0.1]}},
-        }
-    )
     folder = tmp_path / "plane" / "trials" / "a"
     folder.mkdir(parents=True)
-    (tmp_path / "plane" / "sweep.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
     save_model(denoiser, schedule, folder / "model")
     return folder / "model", denoiser, schedule
 
@@ -85,8 +70,8 @@ def test_vectors_are_numbers_and_a_picture_under_the_main_law(vectors, tmp_path)
         assert image.format == "PNG" and np.asarray(image.convert("L")).std() > 5
 
 
-def test_a_model_of_vectors_outside_a_sweep_lacks_its_schedule(vectors, tmp_path):
-    (tmp_path / "plane" / "sweep.yaml").unlink()
+def test_a_model_without_its_scheduler_is_refused(vectors, tmp_path):
+    shutil.rmtree(vectors[0] / "scheduler")
     with pytest.raises(ConfigError, match="no noise schedule"):
         draw_samples(vectors[0], tmp_path / "points.png", count=4, steps=10, seed=7)
 

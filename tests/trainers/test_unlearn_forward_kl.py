@@ -162,7 +162,7 @@ def test_gradient_norm_scales_the_forget_gradient_to_it(unlearning, tiny_denoise
     retain, forget = (denoiser.gradient(loss) for loss in stream_losses(denoiser, batch))
     expected = (retain - 0.05 * forget / forget.norm()) / (2.0 if normalize else 1.0)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert (found - (retain - 0.05 * forget)).norm() > 1e-2  # control: an unscaled gradient is noticed
+    assert (found - (retain - 0.05 * forget)).norm() > 1e-3  # control: an unscaled gradient is noticed
 
 
 def test_gradient_norm_of_several_sets_is_that_of_their_weighted_mean(unlearning, tiny_denoiser, tiny_batch):
@@ -193,7 +193,7 @@ def test_forget_losses_above_the_ceiling_have_no_gradient(unlearning, tiny_denoi
     whole = denoiser.gradient(plain.primal_loss(denoiser, batch, MULTIPLIERS).loss)
     torch.testing.assert_close(gradient(high), whole, rtol=1e-5, atol=1e-7)
     # In between: exactly the forget samples below it.
-    ceiling = float(losses[8:].median())
+    ceiling = float(losses[8:].median()) + 1e-6
     below = [losses[8:14][losses[8:14] < ceiling].sum() / 6, losses[14:][losses[14:] < ceiling].sum() / 4]
     kept = denoiser.gradient(plain.primal_loss(denoiser, batch, 0 * MULTIPLIERS).loss)
     for multiplier, part in zip(MULTIPLIERS, below, strict=True):
@@ -219,7 +219,16 @@ def test_the_norm_is_that_of_all_workers_together(tmp_path, tiny_denoiser, tiny_
     denoiser, batch = tiny_denoiser().share_memory(), tiny_batch((10,))
     parts = [(batch.x_0[rows], batch.timestep[rows]) for rows in (slice(0, 7), slice(7, 10))]
     norms = torch.zeros(2, dtype=torch.float64).share_memory_()
-    torch.multiprocessing.spawn(norm_of_a_part, (tmp_path / "group", denoiser, parts, norms), nprocs=2)
+    context = torch.multiprocessing.get_context("fork")  # a spawned worker would import torch for seconds
+    workers = [
+        context.Process(target=norm_of_a_part, args=(rank, tmp_path / "group", denoiser, parts, norms))
+        for rank in (0, 1)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
     whole = gradient_norm(denoiser(batch.x_0, batch.timestep).square().sum(), denoiser)
     assert norms.tolist() == pytest.approx([float(whole)] * 2, rel=1e-12)
     alone = [float(gradient_norm(denoiser(*part).square().sum(), denoiser)) for part in parts]

@@ -159,6 +159,17 @@ class Composed(Method):
     def num_conditions(self) -> int:
         return 1 + len(self.setting.data.constraints)
 
+    @property
+    def base(self) -> Denoiser:
+        """The pretrained model. Raises: ValueError if it was not trained on the sets."""
+        known = self.setting.base.num_conditions
+        if known < self.num_conditions:
+            raise ValueError(
+                f"model.pretrained: the model knows {known} conditions, {self.name} needs {self.num_conditions}, one for main "
+                "and one a set; remove model.pretrained to train one"
+            )
+        return self.setting.base
+
     def exponents(self, multipliers: np.ndarray) -> np.ndarray:
         """c_k of every condition from 0 on, with sum 1, for multipliers of shape (num_constraints,) or none."""
         raise NotImplementedError
@@ -198,7 +209,7 @@ class Composed(Method):
         start = starting_noise(seed=seed, counter=counter, shards=shards, counts=dict(counts), shape=shape)
         noise = ShardNoise.addressed(seed=seed, purpose=SAMPLER_NOISE, counter=counter, shards=shards, counts=counts)
         return self.sampler(
-            self.setting.base,
+            self.base,
             self.exponents(_as_array(multipliers)),
             start.to(self.setting.device),
             self.setting.schedule,
@@ -254,7 +265,10 @@ class Composed(Method):
         """
         drawn = [shard for shard in shards if counts[shard]]
         if self.trains:
-            return self.student_draws(denoiser, counter, drawn, counts, num_sampling_steps)
+            was_training = denoiser.training
+            found = self.student_draws(denoiser.eval(), counter, drawn, counts, num_sampling_steps)
+            denoiser.train(was_training)
+            return found
         if not drawn or not self.setting.names:
             return Draws(np.zeros((0, 3 + len(self.measured_conditions))))
         setting = self.setting
@@ -263,7 +277,7 @@ class Composed(Method):
             seed=setting.seed, purpose=RATIO_NOISE, counter=counter, shards=drawn, counts=counts
         )
         ratios = log_ratios(
-            setting.base,
+            self.base,
             population.x_0.to(setting.device),
             self.measured_conditions,
             setting.schedule,
@@ -297,13 +311,15 @@ class Composed(Method):
             denoiser, start, setting.schedule, num_sampling_steps=num_sampling_steps, batch_size=self.max_rows
         )
         parts = samples.clone().to(setting.device).split([counts[shard] for shard in shards])
-        rows = []
-        for shard, x_0 in zip(shards, parts, strict=True):
-            columns = [
-                self.kl_values(denoiser, self.base_predictor(k), x_0, counter=counter, shard=shard)
-                for k in self.measured_conditions
-            ]
-            rows.append(np.column_stack(columns))
+        rows = [
+            np.column_stack(
+                [
+                    self.kl_values(denoiser, self.base_predictor(k), x_0, counter=counter, shard=shard)
+                    for k in self.measured_conditions
+                ]
+            )
+            for shard, x_0 in zip(shards, parts, strict=True)
+        ]
         return Draws(np.concatenate(rows), samples)
 
     def kl_values(self, p: Predictor, q: Predictor, x_0: torch.Tensor, *, counter: int, shard: int) -> np.ndarray:
@@ -315,7 +331,7 @@ class Composed(Method):
 
     def base_predictor(self, condition: int) -> Predictor:
         """The pretrained model under one condition."""
-        base = self.setting.base
+        base = self.base
         return lambda x_t, timestep: base(x_t, timestep, torch.full_like(timestep, condition))
 
     def measurement(self, rows: np.ndarray, multipliers: np.ndarray) -> Measurement:
@@ -373,7 +389,7 @@ class Composed(Method):
         judge = type(self)(replace(self.setting, options={**self.setting.options, "primal": "none"}))
         zeros = torch.zeros(len(self.setting.names), device=self.setting.device)
         draws = judge.measure(
-            self.setting.base,
+            self.base,
             zeros,
             counter=CALIBRATION_COUNTER,
             shards=[0],
@@ -431,7 +447,7 @@ class Composed(Method):
                 denoiser, multipliers, start, num_sampling_steps=num_sampling_steps, batch_size=batch_size
             )
         return self.composition(multipliers).sample(
-            self.setting.base,
+            self.base,
             start.to(self.setting.device),
             self.setting.schedule,
             num_sampling_steps=num_sampling_steps,
@@ -441,7 +457,7 @@ class Composed(Method):
     def save(self, denoiser: Denoiser, multipliers: torch.Tensor, folder: Path) -> None:
         if self.trains:
             return super().save(denoiser, multipliers, folder)
-        return save_composition(self.setting.base, self.composition(multipliers), self.setting.schedule, folder)
+        return save_composition(self.base, self.composition(multipliers), self.setting.schedule, folder)
 
     def thresholds(self, constraints: Sequence[Constraint], rule: Mapping[str, Any]) -> list[float] | None:
         """In nats, where an exact answer is to be had: all laws are known and no threshold is relaxed."""

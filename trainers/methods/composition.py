@@ -122,7 +122,7 @@ class Composition(Composed):
         if key not in setting.cache:
             columns = [
                 log_likelihood_ratios(
-                    setting.base,
+                    self.base,
                     samples,
                     setting.schedule,
                     conditions=self.set_conditions,
@@ -142,11 +142,13 @@ class Composition(Composed):
         count = min(setting.options["pool"], *map(len, sets))
         chosen = []
         for position, samples in enumerate(sets):
-            key, address = [setting.seed, SET_NOISE], [0, 0, int(held_out), position]
-            generator = np.random.Generator(np.random.Philox(key=key, counter=address))
-            index = generator.permutation(len(samples))[:count]
+            index = self._generator(position, int(held_out), 0, table=True).permutation(len(samples))[:count]
             chosen.append(torch.from_numpy(samples[index]).to(setting.device))
         return chosen
+
+    def _generator(self, position: int, counter: int, shard: int, *, table: bool = False) -> np.random.Generator:
+        key, address = [self.setting.seed, SET_NOISE], [0, 2 * position + table, counter, shard]
+        return np.random.Generator(np.random.Philox(key=key, counter=address))
 
     def student_draws(
         self,
@@ -167,9 +169,8 @@ class Composition(Composed):
                 samples = setting.tensors[name]
                 if held_out:
                     samples = torch.from_numpy(setting.data.held_out_constraints[name]).to(setting.device)
-                key, address = [setting.seed, SET_NOISE], [0, position + 1, counter, shard]
-                generator = np.random.Generator(np.random.Philox(key=key, counter=address))
-                x_0 = samples[torch.from_numpy(generator.integers(len(samples), size=counts[shard])).to(setting.device)]
+                index = self._generator(position, counter, shard).integers(len(samples), size=counts[shard])
+                x_0 = samples[torch.from_numpy(index).to(setting.device)]
                 law = self.base_predictor(self.set_conditions[position])
                 columns.append(self.kl_values(law, denoiser, x_0, counter=counter, shard=shard))
             rows.append(np.column_stack(columns))

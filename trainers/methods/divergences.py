@@ -163,8 +163,12 @@ class DivergenceConstraints(Method):
         """The exact answer in nats where all laws are known; None for relaxed thresholds and those nobody can meet."""
         if self.mixtures is None or not constraints or rule["rule"] in ("resilient", "resilient_explicit"):
             return None
-        main, sets = self.mixtures
-        try:
-            return forward_kl(main, sets, [c.threshold for c in constraints], at_least=at_least, caps=caps)
-        except ValueError:
-            return None
+        thresholds = tuple(constraint.threshold for constraint in constraints)
+        solved = self.setting.cache.setdefault("exact divergences", {})  # a second or more each, and asked for twice
+        if thresholds not in solved:
+            main, sets = self.mixtures
+            try:
+                solved[thresholds] = forward_kl(main, sets, thresholds, at_least=at_least, caps=caps)
+            except ValueError:
+                solved[thresholds] = None
+        return solved[thresholds]
