@@ -28,7 +28,7 @@ def unit_range(images: torch.Tensor) -> torch.Tensor:
 
     Raises: ValueError for numbers that are no such images, uint8 pixels among them.
     """
-    low, high = float(images.min()), float(images.max())
+    low, high = (float(end) for end in images.detach().aminmax())
     if not images.is_floating_point() or not -1 - OVERSHOOT <= low <= high <= 1 + OVERSHOOT:
         raise ValueError(
             f"images of type {images.dtype} range from {low:g} to {high:g}: rewards take floating-point images in [-1, 1]"

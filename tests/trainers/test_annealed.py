@@ -108,13 +108,13 @@ def test_a_coefficient_of_one_gives_the_condition_itself(draw):
 
 @pytest.mark.parametrize("case", [AND, RATIO, MODES], ids=["and", "ratio", "modes"])
 def test_log_z_is_right_and_its_standard_error_honest(draw, case):
-    population = draw(case, count=32 * 256, systems=32)
+    population = draw(case, count=24 * 256, systems=24)
     estimates = population.log_normalizers[::256]
     stderrs = np.sqrt(population.log_normalizer_variances[::256])
     spread = estimates.std(ddof=1)
-    # 0.02 for levels and corrections; 32 standard deviations are known to 13 percent.
-    assert estimates.mean() == pytest.approx(exact(*case)[3], abs=0.02 + 4 * spread / 32**0.5)
-    assert 0.5 < spread / np.sqrt(np.mean(stderrs**2)) < 1.6
+    # 0.02 for levels and corrections; a standard deviation of 24 is known to 15 percent.
+    assert estimates.mean() == pytest.approx(exact(*case)[3], abs=0.02 + 4 * spread / 24**0.5)
+    assert 0.4 < spread / np.sqrt(np.mean(stderrs**2)) < 1.6
 
 
 def test_without_resampling_log_z_is_that_of_thermodynamic_integration(draw):
@@ -124,8 +124,6 @@ def test_without_resampling_log_z_is_that_of_thermodynamic_integration(draw):
         # s.e. below 0.01; the lag of the samples behind their levels costs another 0.03
         assert population.log_normalizers[0] == pytest.approx(exact(*case)[3], abs=0.07)
         assert len(np.unique(population.ancestors)) == 2048
-    # The samples of MODES do not follow their levels: the same sum is off by more.
-    assert abs(draw(MODES, sampler, count=2048).log_normalizers[0] - exact(*MODES)[3]) > 0.07
 
 
 # -- random numbers and systems -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ Source: methods.md 0.4, 4, 5, H2 and H6.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -37,6 +37,7 @@ from dualsweep.trainers.methods.denoising import denoising_terms
 from dualsweep.trainers.metrics import Draws, Measurement, mean_measurement
 from dualsweep.trainers.models import Denoiser, load_model, save_model
 from dualsweep.trainers.noise_schedule import NoiseSchedule
+from dualsweep.trainers.oracles import Oracle
 from dualsweep.trainers.samplers import ddim_sample, starting_noise
 
 COMPOSITION_FILE = "composition.json"
@@ -416,7 +417,7 @@ class Composed(Method):
 
     # -- the law itself -------------------------------------------------------------------------------------------
 
-    def composition(self, multipliers: torch.Tensor) -> ComposedLaw:
+    def composed_law(self, multipliers: torch.Tensor) -> ComposedLaw:
         """The law at these multipliers."""
         config = self.setting.schedule.scheduler.config
         return ComposedLaw(
@@ -446,7 +447,7 @@ class Composed(Method):
             return super().sample(
                 denoiser, multipliers, start, num_sampling_steps=num_sampling_steps, batch_size=batch_size
             )
-        return self.composition(multipliers).sample(
+        return self.composed_law(multipliers).sample(
             self.base,
             start.to(self.setting.device),
             self.setting.schedule,
@@ -457,13 +458,25 @@ class Composed(Method):
     def save(self, denoiser: Denoiser, multipliers: torch.Tensor, folder: Path) -> None:
         if self.trains:
             return super().save(denoiser, multipliers, folder)
-        return save_composition(self.base, self.composition(multipliers), self.setting.schedule, folder)
+        return save_composition(self.base, self.composed_law(multipliers), self.setting.schedule, folder)
 
-    def thresholds(self, constraints: Sequence[Constraint], rule: Mapping[str, Any]) -> list[float] | None:
-        """In nats, where an exact answer is to be had: all laws are known and no threshold is relaxed."""
-        if self.mixtures is None or not constraints or rule["rule"] in ("resilient", "resilient_explicit"):
+    def solved(
+        self, solve: Callable[..., Oracle], constraints: Sequence[Constraint], rule: Mapping[str, Any]
+    ) -> Oracle | None:
+        """``solve(main, sets, thresholds in nats)``; None where a law is not known or not of the line or the plane, where
+        thresholds are relaxed, and where no model meets them.
+        """
+        relaxed = rule["rule"] in ("resilient", "resilient_explicit")
+        if self.mixtures is None or self.mixtures[0].dim > 2 or not constraints or relaxed:
             return None
-        return [constraint.threshold for constraint in constraints]
+        thresholds, cache = [constraint.threshold for constraint in constraints], self.setting.cache
+        key = f"exact answer at {thresholds}"
+        if key not in cache:  # that there is none takes seconds to find out
+            try:
+                cache[key] = solve(*self.mixtures, thresholds)
+            except ValueError:
+                cache[key] = None
+        return cache[key]
 
 
 @torch.no_grad()

@@ -207,12 +207,9 @@ class Composition(Composed):
         found = mean_measurement(-logsumexp(table, axis=2, b=weights))
         return float(weights @ found.metrics), float(np.sqrt(np.square(weights * found.stderrs).sum()))
 
-    def composition(self, multipliers: torch.Tensor) -> ComposedLaw:
-        return replace(super().composition(multipliers), law="mixture" if self._mixes else "product")
+    def composed_law(self, multipliers: torch.Tensor) -> ComposedLaw:
+        return replace(super().composed_law(multipliers), law="mixture" if self._mixes else "product")
 
     def exact(self, constraints: Sequence[Constraint], rule: Mapping[str, Any]) -> Oracle | None:
-        offsets = self.thresholds(constraints, rule)
-        if offsets is None:
-            return None
         solve = composition_or if self._mixes else composition_and
-        return solve(self.mixtures[1], offsets)
+        return self.solved(lambda main, sets, offsets: solve(sets, offsets), constraints, rule)

@@ -61,10 +61,4 @@ class UnlearnReverseKL(Composed):
         return Objective(value, stderr, "KL(p||q) from the pretrained model's law q, on the model's own samples")
 
     def exact(self, constraints: Sequence[Constraint], rule: Mapping[str, Any]) -> Oracle | None:
-        thresholds = self.thresholds(constraints, rule)
-        if thresholds is None:
-            return None
-        try:
-            return reverse_kl(*self.mixtures, thresholds)
-        except ValueError:  # out of reach: there is no optimum to compare with
-            return None
+        return self.solved(reverse_kl, constraints, rule)
