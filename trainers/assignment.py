@@ -6,7 +6,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 # What the training of a trial depends on, apart from its point.
-TRAINING_SECTIONS = ("method", "seed", "data", "model", "schedule", "pretrain", "primal", "dual", "formulation", "measure")
+TRAINING_SECTIONS = (
+    "method",
+    "seed",
+    "data",
+    "model",
+    "schedule",
+    "pretrain",
+    "primal",
+    "dual",
+    "formulation",
+    "measure",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

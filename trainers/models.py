@@ -35,7 +35,9 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         detail: float = 0.5,
     ) -> None:
         super().__init__()
-        self.register_buffer("alpha_bar", torch.linspace(0.999, 0.001, num_train_timesteps))  # replaced by the schedule's
+        self.register_buffer(
+            "alpha_bar", torch.linspace(0.999, 0.001, num_train_timesteps)
+        )  # replaced by the schedule's
         self.register_buffer("frequencies", torch.exp(torch.linspace(0.0, 1.4, 8)), persistent=False)
         self.enter = nn.Linear(dim + 17, width)
         self.embedding = nn.Embedding(num_conditions, width) if num_conditions else None
@@ -46,9 +48,7 @@ class MLPDenoiser(ModelMixin, ConfigMixin):
         self.leave = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, dim))
         self.detail = detail
 
-    def forward(
-        self, x_t: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x_t: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         power = self.alpha_bar[timestep][:, None]
         level = (torch.log(power) - torch.log1p(-power)) / 10
         phase = level * self.frequencies
@@ -80,9 +80,7 @@ class Denoiser(nn.Module):
     def _class_embeds(self) -> int | None:
         return getattr(self.network.config, "num_class_embeds", None)
 
-    def forward(
-        self, x_t: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x_t: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         if self._class_embeds:
             given = timestep.new_zeros(len(x_t)) if condition is None else condition
             return self.network(x_t, timestep, class_labels=given).sample

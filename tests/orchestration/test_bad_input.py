@@ -283,7 +283,10 @@ VALUES = {
         {"thresholds": {"search": {"seed": -1, "axes": {"minority": {"uniform": [0.1, 0.2]}}}}},
         ["thresholds.search.seed=-1", "at least 0"],
     ),
-    "unknown unit": ({"thresholds.unit": "percent"}, ["thresholds.unit", "'percent'", "'share', 'loss', 'nats', 'likelihood_ratio' or 'reward'"]),
+    "unknown unit": (
+        {"thresholds.unit": "percent"},
+        ["thresholds.unit", "'percent'", "'share', 'loss', 'nats', 'likelihood_ratio' or 'reward'"],
+    ),
     "unknown rule": ({"dual": {"rule": "adam"}}, ["dual.rule", "'adam'", "'ascent'"]),
     "resilient without its cost": (
         {"dual": {"rule": "resilient", "step_size": 0.1}},

@@ -320,7 +320,7 @@ def test_sets_of_unequal_size_are_refused(duo, data):
         (["data.sets={preferred: {classes: [1]}}"], "the two sets preferred and rejected"),
         (["formulation.levels=5"], "formulation.levels=5"),
         (["thresholds.unit=loss", "baselines.fixed_weights=[1.0]"], "baselines.fixed_weights"),
-        (["thresholds.unit=loss", "baselines.fixed_weights=[]"], "formulation.levels=16"),
+        (["thresholds.unit=loss", "baselines.fixed_weights=[]"], "formulation.levels=32"),
         (["thresholds.unit=share"], "thresholds.unit='share'"),
     ],
 )

@@ -188,12 +188,12 @@ def test_forget_losses_above_the_ceiling_have_no_gradient(unlearning, tiny_denoi
         torch.testing.assert_close(terms.values, losses)  # the metric is the loss itself
         return denoiser.gradient(terms.loss)
 
-    low, high = float(losses.min()) * 0.9, float(losses.max()) * 1.1
+    low, high = losses.min().item() * 0.9, losses.max().item() * 1.1
     torch.testing.assert_close(gradient(low), retain, rtol=1e-6, atol=1e-7)
     whole = denoiser.gradient(plain.primal_loss(denoiser, batch, MULTIPLIERS).loss)
     torch.testing.assert_close(gradient(high), whole, rtol=1e-5, atol=1e-7)
     # In between: exactly the forget samples below it.
-    ceiling = float(losses[8:].median()) + 1e-6
+    ceiling = losses[8:].median().item() + 1e-6
     below = [losses[8:14][losses[8:14] < ceiling].sum() / 6, losses[14:][losses[14:] < ceiling].sum() / 4]
     kept = denoiser.gradient(plain.primal_loss(denoiser, batch, 0 * MULTIPLIERS).loss)
     for multiplier, part in zip(MULTIPLIERS, below, strict=True):

@@ -210,7 +210,8 @@ class OnPolicy(Method):
         With w = exp(-log p/q of a path) and u = -sign lambda . f, the weight w exp(u) turns a mean under p into one under
         the pretrained chain: E_p[w exp(u) (1, f)] = E_q[exp(u) (1, f)], which the pool holds. Their difference is a control
         variate; its coefficients are fitted on the other half of the batch. At the optimum the weight is constant and f
-        itself is known; far from it, where few paths hold most of the weight, the values stay as they are. Near it, on three Gaussians of the plane, the variance of the mean fell by a factor of 60.
+        itself is known: near it, on three Gaussians of the plane, the variance of the mean fell by a factor of 60. Far from
+        it, where few paths hold most of the weight, the values stay as they are.
 
         Means are then relative to the pretrained chain's own, not to those of the finite pool.
         """
