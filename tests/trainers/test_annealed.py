@@ -96,6 +96,20 @@ def test_the_corrections_keep_a_gaussians_variance_at_long_steps(draw):
     assert x.mean() == pytest.approx(0.3, abs=4 * 0.0055)
 
 
+def test_resampling_at_every_level_moves_all_that_belongs_to_a_sample(draw):
+    mean, variance, right, _ = exact(*MODES)
+    x = draw(MODES, AnnealedSampler(resample_below=1.0), count=4096).x_0.double().numpy()
+    # s.e. for common ancestors a third wider than of 4096 independent samples
+    assert (x > 0).mean() == pytest.approx(right, abs=4 * 0.0064)
+    within = x[x > 0.5].std()
+    grid = np.linspace(0.5, 6, 5501)
+    log_p = sum(c * law.log_density(grid[:, None]) for c, law in zip(MODES[1], MODES[0], strict=True))
+    weights = np.exp(log_p - log_p.max())
+    centre = np.average(grid, weights=weights)
+    assert within == pytest.approx(np.average((grid - centre) ** 2, weights=weights) ** 0.5, rel=4 * 0.016)
+    assert x.mean() == pytest.approx(mean, abs=4 * 0.021 * variance**0.5)
+
+
 def test_a_coefficient_of_one_gives_the_condition_itself(draw):
     laws = [MODES[0][1], MODES[0][0]]
     x = draw((laws, (0.0, 1.0))).x_0.double().numpy()

@@ -1,7 +1,7 @@
 """The real training loop against the closed form: shares of the rare components of a Gaussian mixture (methods.md H1).
 
 A denoiser is trained, the multipliers answer to its own samples, and the exact posterior of the mixture judges fresh ones.
-Seed 0; the s.e. of an achieved share is 0.002 to 0.003 (20 000 samples); the rest of a tolerance is the model's.
+Seed 0; the s.e. of an achieved share is 0.0015 to 0.003 (20 000 samples), the worst miss over five seeds was 0.0096.
 """
 
 from pathlib import Path

@@ -19,9 +19,11 @@ measured threshold in ESD, so its weights are fixed and swept; metrics are measu
 Inputs x_t. Published is a state of the sampler at a random step, run with the frozen model (the diffusers version) or with
 the model in training (the other script). The target is a function of (x_t, t), so that in a family rich enough all inputs
 have the same minimiser where they reach. `inputs: samples` noises a pool of the pretrained model's samples: the frozen
-sampler's states, up to its discretisation, for one forward a step. Where the retained modes move to lies outside it for
-larger eta, and there the model extrapolates; `inputs: trajectory` runs the trained model's own chain of
-`num_sampling_steps` steps and takes one state of each run.
+sampler's states, up to its discretisation, for one forward a step. `inputs: trajectory` runs the trained model's own chain of
+`num_sampling_steps` steps, noise included, and takes one state of each run; it also reaches where the retained modes move
+to. Measured on examples/gmm_esd.yaml, seed 0, samples against trajectory, mean ratio left: 0.725 and 0.726 at eta 0.25, 0.283
+and 0.288 at 1, 0.016 and 0.011 at 4; three times the time. The exact predictions above leave 0.71, 0.26 and 0.005 and move
+the mode to 4.1 at eta 1, the trained model to 3.3 with either: eps_i is asked far outside what it was trained on.
 Source: Gandikota et al., Erasing Concepts from Diffusion Models, ICCV 2023; methods.md 9 and H2.
 """
 
