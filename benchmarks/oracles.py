@@ -40,11 +40,15 @@ FORMULATIONS: dict[str, tuple[str, ...]] = {
     "composition_and_distilled": ("gmm_composition_and.yaml", "formulation.primal=distill"),
     "composition_or": ("gmm_composition_or.yaml",),
     "composition_or_trained": ("gmm_composition_or.yaml", "formulation.primal=distill"),
-    "unlearn_reverse_kl": ("gmm_unlearn_reverse_kl.yaml",),
-    "unlearn_reverse_kl_distilled": ("gmm_unlearn_reverse_kl.yaml", "formulation.primal=distill"),
+    "unlearn_reverse_kl": ("gmm_unlearn_reverse_kl.yaml", "thresholds.grid.sets=[3.0]"),
+    "unlearn_reverse_kl_distilled": (
+        "gmm_unlearn_reverse_kl.yaml",
+        "thresholds.grid.sets=[3.0]",
+        "formulation.primal=distill",
+    ),
     "unlearn_forward_kl": ("gmm_unlearn_forward_kl.yaml",),
     "unlearn_likelihood": ("gmm_unlearn_likelihood.yaml",),
-    "duo": ("gmm_duo.yaml",),
+    "duo": ("gmm_duo.yaml", "thresholds.grid.sets=[0.2]"),
 }
 ALWAYS = ("baselines.unconstrained=false", "baselines.fixed_weights=[]")
 
