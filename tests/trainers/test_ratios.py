@@ -81,7 +81,7 @@ def test_ratios_of_images_are_unbiased_logarithms_with_the_noise_divided_out():
 
 def test_draws_do_not_depend_on_the_owner_of_the_shards(plane):
     """Also with noise, so for images: two workers with two shards each against one with all four."""
-    model = Gaussians(np.array([[0.0] * 9, [0.3] * 9]))
+    model = Gaussians(np.array([[0.0] * 9, [0.3] * 9]), [STD, 0.5])
 
     def sample(denoiser, multipliers, start, *, num_sampling_steps):
         return STD * start
