@@ -141,6 +141,11 @@ class Chain:
         squares = (states[1:].detach() - means).square().flatten(2).sum(2)
         return squares * _column(-0.5 / np.square(self.stds), squares)
 
+    def log_ratios(self, states: torch.Tensor, means: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """Log density of each transition under one model less that under the other, (steps, n), with every graph kept."""
+        squares, theirs = ((states[1:] - m).square().flatten(2).sum(2) for m in (means, others))
+        return (theirs - squares) * _column(0.5 / np.square(self.stds), squares)
+
 
 def _column(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(values).to(like).view(-1, *[1] * (like.ndim - 1))

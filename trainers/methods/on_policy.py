@@ -8,14 +8,16 @@ a mean of at most (sign +1) or at least (sign -1) its threshold, so a path costs
 
 and the mean cost under p is the Lagrangian. Two gradients of it:
 
-* back-propagation: through the chain, with the divergence of every step in place of its log ratio.
-* policy: score function. Step k is weighed with the cost of itself and what follows it, less a baseline of its state. The
-  log ratios are those of the path drawn, not their means, because at the optimum the cost of every path is then the same,
-  -log Z: the noise vanishes as training arrives. On three Gaussians of the plane the variance of the gradient near the
-  optimum was 11 times (alignment) and 4 times (unlearning) below that with means, and at the start no larger.
+* back-propagation: through the states of the chain, with the parameters inside log p held still: the term left out is a
+  score, whose mean is zero (sticking the landing).
+* policy: score function. Step k is weighed with the cost of itself and what follows it, less a baseline of its state.
+
+In both the log ratios are those of the path drawn, not their means, because at the optimum the cost of every path is then
+the same, -log Z: the noise vanishes as training arrives. On three Gaussians of the plane the variance of the policy gradient
+near the optimum was 11 times (alignment) and 4 times (unlearning) below that with means, and at the start no larger.
 
 Source: DPOK (Fan et al., NeurIPS 2023) for the policy gradient with a divergence; Richter et al., VarGrad, NeurIPS 2020,
-for the sampled log ratios; methods.md 3, 7 and 11.
+for the sampled log ratios; Roeder, Wu and Duvenaud, Sticking the Landing, NeurIPS 2017; methods.md 3, 7 and 11.
 """
 
 import math
@@ -28,7 +30,7 @@ import torch
 from accelerate.utils import reduce
 
 from dualsweep.trainers.chains import Chain, build_chain, chain_timesteps, prediction_errors
-from dualsweep.trainers.estimators import log_normalizer
+from dualsweep.trainers.estimators import Predictor, log_normalizer
 from dualsweep.trainers.evaluate import EVALUATION_COUNTER
 from dualsweep.trainers.labellers import Labeller
 from dualsweep.trainers.methods.base import CALIBRATION_COUNTER, Batch, Method, Objective, PrimalTerms
@@ -147,7 +149,7 @@ class OnPolicy(Method):
         return {"trajectory": (torch.zeros(1, 1, device=self.setting.device), self.setting.optimizer["batch_size"])}
 
     def primal_loss(self, denoiser: torch.nn.Module, batch: Batch, multipliers: torch.Tensor) -> PrimalTerms:
-        """Either gradient; the loss's value is the Lagrangian in back-propagation alone."""
+        """Either gradient; the mean loss is the Lagrangian in back-propagation alone."""
         make = self._through_the_chain if self.backpropagates else self._policy
         losses, divergences, log_ratios, values = make(denoiser, batch, multipliers)
         weight = 1.0 / batch.global_counts[0]
@@ -160,12 +162,12 @@ class OnPolicy(Method):
     def _through_the_chain(self, denoiser, batch, multipliers):
         # The wrapped module runs every step: its gradients are summed over workers in one backward.
         chain, states = self.chain, self.chain.rollout(denoiser, batch.noise)
-        means = chain.drawn_means(states, batch.noise)
+        means = chain.means(states, chain.predictions(_standing_still(denoiser), states))
         others = chain.means(states, chain.predictions(self.setting.base, states))
+        log_ratios = chain.log_ratios(states, means, others).sum(0)
         divergences = chain.divergences(means, others).sum(0)
-        log_ratios = chain.log_probs(states, means) - chain.log_probs(states, others)
         values = self.values(states[-1], batch.noise)
-        return divergences + self._priced(values, multipliers), divergences, log_ratios.sum(0), values
+        return log_ratios + self._priced(values, multipliers), divergences, log_ratios, values
 
     def _policy(self, denoiser, batch, multipliers):
         chain = self.chain
@@ -178,7 +180,7 @@ class OnPolicy(Method):
         means = chain.means(states, chain.predictions(denoiser, states))
         with torch.no_grad():
             divergences = chain.divergences(means, others)
-            log_ratios = chain.log_probs(states, means) - chain.log_probs(states, others)
+            log_ratios = chain.log_ratios(states, means, others)
             costs = log_ratios.flip(0).cumsum(0).flip(0) + self._priced(values, multipliers)
             advantages = costs - self.baseline(costs, states, clean, batch)
         losses = (advantages * chain.log_probs(states, means)).sum(0)
@@ -298,6 +300,13 @@ class OnPolicy(Method):
         values = self._pool[2].cpu().numpy()
         log_z, stderr = log_normalizer(-self.sign * (multipliers @ values))
         return -log_z, stderr
+
+
+def _standing_still(denoiser: torch.nn.Module) -> Predictor:
+    """The same function of states and timesteps, with a graph to the states and none to the parameters."""
+    module = getattr(denoiser, "module", denoiser)
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    return lambda x_t, timestep: torch.func.functional_call(module, parameters, (x_t, timestep))
 
 
 def polynomials(states: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
