@@ -2,7 +2,8 @@
 
 A rule is a frozen dataclass of settings with two pure functions: ``initial(names, start)`` makes a state and
 ``step(state, violation, domain)`` returns the next one. Common to all: ``warmup_steps`` ramps the step size linearly
-over the first dual steps, and ``smoothing`` averages the violations exponentially before they are used.
+over the first dual steps, ``decay_after`` lets it fall as 1/k later on, and ``smoothing`` averages the violations
+exponentially before they are used.
 """
 
 import inspect
@@ -24,14 +25,18 @@ class DualRule:
     ``smoothing`` in [0, 1) is the weight of the past in an exponential average of the violations, corrected for its
     start (the first average is the first violation); 0 uses each violation as it comes.
     ``warmup_steps``: dual step k (from 1) is scaled by min(1, k / warmup_steps).
+    ``decay_after``: dual step k is scaled by min(1, decay_after / k), so that the noise of the metrics averages out of the
+    multipliers (Robbins and Monro, 1951); 0 never decays.
     """
 
     smoothing: float = 0.0
     warmup_steps: int = 0
+    decay_after: int = 0
 
     def __post_init__(self) -> None:
         _set(self, "smoothing", checked_number(self.smoothing, field="dual.smoothing", at_least=0, below=1))
-        _set(self, "warmup_steps", checked_count(self.warmup_steps, field="dual.warmup_steps"))
+        for field in ("warmup_steps", "decay_after"):
+            _set(self, field, checked_count(getattr(self, field), field=f"dual.{field}"))
 
     def initial(
         self,
@@ -57,7 +62,10 @@ class DualRule:
         """
         violation = checked_vector(violation, state.names, what="violation")
         smoothed = self._smoothed(state, violation)
-        ramp = min(1.0, (state.step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        number = state.step + 1
+        ramp = min(1.0, number / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.decay_after:
+            ramp *= min(1.0, self.decay_after / number)
         memory = {**state.rule_state, "smoothed_violation": smoothed}
         remembering = replace(state, rule_state=memory)
         return replace(self._moved(remembering, smoothed, domain or NonNegative(), ramp), step=state.step + 1)

@@ -126,6 +126,7 @@ class DualConfig(_Section):
     proportional_gain: Annotated[float, Field(ge=0)] | None = None
     nu: Annotated[float, Field(ge=0, lt=1)] | None = None
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    decay_after: Annotated[int, Field(ge=0)] | None = None
     smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
     start: Annotated[float, Field(ge=0)] = 0.0
     """Multipliers a trial starts from."""

@@ -157,6 +157,15 @@ def test_warm_up_ramps_the_step_linearly(make):
     assert moves == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
 
 
+def test_steps_fall_as_one_over_their_number_after_the_given_one():
+    rule, state, moves = Ascent(1.0, decay_after=2), Ascent(1.0).initial(NAMES), []
+    for _ in range(4):
+        after = rule.step(state, [1.0, 1.0])
+        moves.append(after.multipliers[0] - state.multipliers[0])
+        state = after
+    assert moves == pytest.approx([1.0, 1.0, 2 / 3, 0.5])
+
+
 @pytest.mark.parametrize(
     "violation, message",
     [([0.0, math.nan], r"non-finite violation for \['b'\]"), ([math.inf, 0], r"\['a'\]"), ([0.0], r"shape \(1,\)")],
@@ -230,6 +239,7 @@ def test_costs_of_the_constraints_stand_in_for_a_missing_relaxation_cost():
         ({"rule": "ascent", "step_size": 0.1, "smoothing": 1.0}, "dual.smoothing=1.0"),
         ({"rule": "ascent", "step_size": 0.1, "warmup_steps": 1.5}, "dual.warmup_steps=1.5"),
         ({"rule": "fixed", "warmup_steps": -1}, "dual.warmup_steps=-1"),
+        ({"rule": "ascent", "step_size": 0.1, "decay_after": -1}, "dual.decay_after=-1"),
         ({"rule": "resilient", "step_size": 0.1, "relaxation_cost": 0}, "dual.relaxation_cost=0"),
         ({"rule": "resilient", "step_size": 0.1, "relaxation_cost": [0, 0]}, "at least one"),
         ({"rule": "resilient", "step_size": 10, "relaxation_cost": 0.5}, r"dual.step_size=10.*oscillates.*< 2"),
