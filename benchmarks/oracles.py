@@ -21,14 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 # Weights trained on the composed law need primal steps between the dual ones; the examples are dual-only.
-DISTILLED = (
+STUDENT = (
+    "thresholds.list=[{sets: 0.0}]",
     "formulation.primal=distill",
-    "formulation.pool=512",
-    "primal.steps=1000",
-    "primal.batch_size=256",
-    "primal.lr=1.0e-3",
-    "dual.primal_steps_per_dual_step=20",
+    "formulation.pool=1024",
+    "primal.lr=2.0e-3",
+    "primal.final_lr_fraction=0.02",
+    "primal.weight_decay=0",
+    "dual.decay_after=20",
 )
+DISTILLED = (*STUDENT, "primal.steps=1000", "primal.batch_size=512", "dual.primal_steps_per_dual_step=20")
 # One row a formulation: the example and what turns it into the variant.
 FORMULATIONS: dict[str, tuple[str, ...]] = {
     "fairness": ("gmm_fairness.yaml", "thresholds.grid.minority=[0.2]"),
@@ -40,20 +42,34 @@ FORMULATIONS: dict[str, tuple[str, ...]] = {
     ),
     "adaptation": ("gmm_adaptation.yaml", "thresholds.grid.sets=[1.0]"),
     "alignment": ("gmm_alignment.yaml", "thresholds.grid.rewards=[0.5]"),
+    # Modes that overlap: between separate ones nearly all of its signal is in the few paths that could still go either way.
     "alignment_backpropagation": (
         "gmm_alignment.yaml",
         "thresholds.grid.rewards=[0.5]",
         "formulation.gradient=backpropagation",
+        "formulation.num_sampling_steps=32",
+        "data.means=[[-0.6, -0.3], [0.6, -0.3], [0.0, 0.7]]",
+        "data.stds=[0.6, 0.6, 0.6]",
+        "primal.lr=2.0e-3",
+        "dual.step_size=0.1",
     ),
-    "composition_and": ("gmm_composition_and.yaml",),
+    "composition_and": ("gmm_composition_and.yaml", "thresholds.list=[{wide: 0.4, narrow: 0.0, middle: 0.2}]"),
     "composition_and_distilled": ("gmm_composition_and.yaml", *DISTILLED),
     "composition_or": ("gmm_composition_or.yaml",),
-    "composition_or_trained": ("gmm_composition_or.yaml", *DISTILLED),
+    "composition_or_trained": (
+        "gmm_composition_or.yaml",
+        *STUDENT,
+        "primal.steps=2000",
+        "primal.constraint_batch_size=256",
+        "dual.primal_steps_per_dual_step=40",
+        "measure.num_samples=512",
+    ),
     "unlearn_reverse_kl": ("gmm_unlearn_reverse_kl.yaml", "thresholds.grid.sets=[3.0]"),
     "unlearn_reverse_kl_distilled": (
         "gmm_unlearn_reverse_kl.yaml",
+        *DISTILLED[1:],
         "thresholds.grid.sets=[3.0]",
-        *DISTILLED,
+        "dual.step_size=0.05",
     ),
     "unlearn_forward_kl": ("gmm_unlearn_forward_kl.yaml",),
     "unlearn_likelihood": ("gmm_unlearn_likelihood.yaml",),

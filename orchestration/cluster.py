@@ -178,6 +178,9 @@ def slots_for(compute: ComputeConfig, info: ClusterInfo) -> int:
     Raises: ConfigError when not even one group fits into what the cluster has.
     """
     fit = groups_that_fit(compute, info.cpus, info.gpus)
+    if compute.elastic and fit >= 1:
+        # Each group counts the whole cluster as its own room, so more than fit at their largest would wait for each other.
+        fit = max(1, groups_that_fit(compute, info.cpus, info.gpus, at_most=True))
     if fit < 1 and info.autoscaled:  # nodes come once somebody waits for them
         return 1 if compute.concurrent_trials == "auto" else compute.concurrent_trials
     if fit < 1:
@@ -189,8 +192,9 @@ def slots_for(compute: ComputeConfig, info: ClusterInfo) -> int:
     return min(compute.concurrent_trials, fit)
 
 
-def groups_that_fit(compute: ComputeConfig, cpus: float, gpus: float) -> int:
-    workers = max(1, compute.workers)
+def groups_that_fit(compute: ComputeConfig, cpus: float, gpus: float, *, at_most: bool = False) -> int:
+    """How many worker groups have room, elastic ones at their smallest, or at their largest (`at_most`)."""
+    workers = max(1, compute.most_workers if at_most else compute.fewest_workers)
     fit = int(cpus // (workers * compute.cpus_per_worker))
     if compute.gpus_per_worker:
         fit = min(fit, int(gpus / (workers * compute.gpus_per_worker) + 1e-9))
@@ -207,11 +211,12 @@ def check_fits_locally(compute: ComputeConfig) -> None:
 
 
 def _too_large(compute: ComputeConfig, cpus: float, gpus: float, where: str) -> str:
-    workers = max(1, compute.workers)
+    workers = max(1, compute.fewest_workers)
+    field = "compute.workers.min" if compute.elastic else "compute.workers"
     gpu = f" and {workers * compute.gpus_per_worker:g} GPUs" if compute.gpus_per_worker else ""
     return (
-        f"compute.workers={compute.workers}: one trial needs {workers * compute.cpus_per_worker} CPUs{gpu}, but {where} has "
-        f"{cpus:g} CPUs and {gpus:g} GPUs; lower compute.workers, cpus_per_worker or gpus_per_worker, or join a larger cluster"
+        f"{field}={compute.fewest_workers}: one trial needs {workers * compute.cpus_per_worker} CPUs{gpu}, but {where} has "
+        f"{cpus:g} CPUs and {gpus:g} GPUs; lower {field}, cpus_per_worker or gpus_per_worker, or join a larger cluster"
     )
 
 

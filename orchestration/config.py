@@ -237,16 +237,45 @@ class BaselinesConfig(_Section):
         return self
 
 
+class ElasticWorkers(_Section):
+    """A worker group between two sizes: as many as the cluster has room for, resized when nodes come and go."""
+
+    min: Count = 1
+    max: Count
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ElasticWorkers":
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is above max={self.max}: exchange them")
+        return self
+
+
 class ComputeConfig(_Section):
-    workers: Annotated[int, Field(ge=0)] = 1
-    """Ray Train workers a trial; 0 runs the loop inside the Tune actor."""
+    workers: Annotated[int, Field(ge=0)] | ElasticWorkers = 1
+    """Ray Train workers a trial; 0 runs the loop inside the Tune actor, {min, max} resizes with the cluster."""
+    resize_interval_s: Positive = 10.0
+    """An elastic group looks this often whether the cluster has grown."""
+    restart_timeout_s: Positive = 15.0
+    """An elastic group that a dead node still counted in waits this long for it before it takes what is there."""
     concurrent_trials: Count | Literal["auto"] = "auto"
     cpus_per_worker: Count = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     placement_timeout_s: Positive = 120.0
     """After this long without room for a worker group the sweep ends with an error."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """Restarts of one trial before it counts as failed."""
+    """Restarts of one trial before it counts as failed; a restart with another number of workers does not count."""
+
+    @property
+    def elastic(self) -> bool:
+        return isinstance(self.workers, ElasticWorkers)
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.workers.min if isinstance(self.workers, ElasticWorkers) else self.workers
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers.max if isinstance(self.workers, ElasticWorkers) else self.workers
 
 
 class SchedulerConfig(_Section):

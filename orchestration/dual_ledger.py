@@ -156,6 +156,7 @@ def _row(
         "dual_step": state.step,
         "primal_step": measurement["primal_step"],
         "attempt": attempt,
+        "workers": measurement["workers"],
         "wall_time": measurement["wall_time"],
         "lr": measurement["lr"],
         "grad_norm": grad_norm,

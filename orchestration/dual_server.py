@@ -33,6 +33,7 @@ class DualServer:
         self.journal.records = []
         self._assignments: dict[str, dict[str, Any] | None] = {}  # slot -> current assignment; None: the slot closes
         self._attempt_limit: dict[str, int] = {}
+        self._group_sizes: dict[str, int] = {}  # slot -> workers of the group that asked last
         self._halting = False
         self._pending: list[bytes] = []
         self._accepted = self._durable = 0  # records applied, records on disk
@@ -41,13 +42,19 @@ class DualServer:
 
     # -- worker groups -------------------------------------------------------------------------------------------
 
-    async def lease(self, slot: str, finished: str | None) -> dict[str, Any] | None:
+    async def lease(self, slot: str, finished: str | None, workers: int = 1) -> dict[str, Any] | None:
         """The work of a slot, waiting for it: a new assignment, or after a restart the one the group had.
 
         Args:
             finished: trial the caller has just ended, or None when its process is new.
+            workers: how many the group has now. A group that was resized has not failed: its trial keeps all its retries.
         Returns: an assignment with its attempt number raised, or None when the slot is closed.
         """
+        resized = self._group_sizes.get(slot, workers) != workers
+        self._group_sizes[slot] = workers
+        current = self._assignments.get(slot)
+        if resized and finished is None and current is not None:
+            self._attempt_limit[current["trial_id"]] += 1
         while True:
             if slot in self._assignments:
                 assignment = self._assignments[slot]
@@ -258,8 +265,8 @@ class RayDual:
         except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorDiedError) as error:
             raise RuntimeError(f"the DualServer did not answer {method} within {timeout_s:g} s") from error
 
-    def lease(self, slot: str, finished: str | None) -> dict[str, Any] | None:
-        return ray.get(self.handle.lease.remote(slot, finished))
+    def lease(self, slot: str, finished: str | None, workers: int = 1) -> dict[str, Any] | None:
+        return ray.get(self.handle.lease.remote(slot, finished, workers))
 
     def shutdown(self) -> None:
         """End the actor for good; its journal stays."""

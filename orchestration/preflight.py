@@ -102,9 +102,10 @@ def _check_formulation(config: SweepConfig, method: type[Method], summary: Datas
 
 def _check_shards(config: SweepConfig) -> None:
     fewest = min(config.primal.num_shards, config.pretrain.num_shards)
-    if config.compute.workers > fewest:
+    if config.compute.most_workers > fewest:
+        field = "compute.workers.max" if config.compute.elastic else "compute.workers"
         raise ConfigError(
-            f"compute.workers={config.compute.workers}: more than the {fewest} logical shards of a batch; raise primal.num_shards and pretrain.num_shards"
+            f"{field}={config.compute.most_workers}: more than the {fewest} logical shards of a batch; raise primal.num_shards and pretrain.num_shards"
         )
 
 

@@ -1,5 +1,6 @@
 """A slot's Ray Train run: one worker group that outlives the trials it trains."""
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -70,17 +71,25 @@ def _ray_train(job: dict[str, Any], config: SweepConfig, folder: Path) -> None:
     resources = {"CPU": compute.cpus_per_worker}
     if compute.gpus_per_worker:
         resources["GPU"] = compute.gpus_per_worker
+    workers = (compute.fewest_workers, compute.most_workers) if compute.elastic else compute.workers
+    if compute.elastic:
+        # After a node's death the group is first placed at its old size. Train hands this variable on to its controller.
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(compute.restart_timeout_s)
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=job,
         scaling_config=ScalingConfig(
-            num_workers=compute.workers, resources_per_worker=resources, use_gpu=compute.gpus_per_worker > 0
+            num_workers=workers,
+            resources_per_worker=resources,
+            use_gpu=compute.gpus_per_worker > 0,
+            elastic_resize_monitor_interval_s=compute.resize_interval_s,
         ),
         run_config=RunConfig(
             name=f"slot-{job['slot']}",
             storage_path=str(folder / "train"),
             # One run serves many trials, so it may be restarted often; the ledger counts failures of each trial.
-            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),
+            # An elastic group whose start timed out tries again, as often as nodes die.
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1 if compute.elastic else 3),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )

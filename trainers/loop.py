@@ -205,6 +205,7 @@ class _Trial:
             terms = table[1:, 0] / table[1:, 2]
         return {
             "primal_step": train.primal_step,
+            "workers": self.workspace.world_size,
             "wall_time": time.time(),
             "lr": train.lr,
             "grad_norm": grad_norm,

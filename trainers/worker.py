@@ -21,7 +21,7 @@ from dualsweep.trainers.workspace import Workspace
 class Server(DualClient, Protocol):
     """A DualClient that also hands out work."""
 
-    def lease(self, slot: str, finished: str | None) -> dict[str, Any] | None: ...
+    def lease(self, slot: str, finished: str | None, workers: int = 1) -> dict[str, Any] | None: ...
 
     def end(
         self, trial_id: str, attempt: int, status: str, *, result: dict | None = None, error: str | None = None
@@ -45,7 +45,7 @@ def serve(
     workspace = Workspace(config, data_spec)
     finished = None
     while True:
-        given = [server.lease(slot, finished) if workspace.rank == 0 else None]
+        given = [server.lease(slot, finished, workspace.world_size) if workspace.rank == 0 else None]
         if workspace.world_size > 1:
             broadcast_object_list(given, from_process=0)
         if given[0] is None:

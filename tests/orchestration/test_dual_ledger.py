@@ -34,6 +34,7 @@ def measured(dual_step, multipliers=(0.0, 0.0), *, trial=0, **changes):
     metrics = 0.4 - 0.2 * np.asarray(multipliers) + 0.05 * noise
     return {
         "primal_step": 20 * dual_step,
+        "workers": 1,
         "wall_time": 1.7e9 + dual_step,
         "lr": 1e-3 / dual_step,
         "grad_norm": abs(float(noise[0])),

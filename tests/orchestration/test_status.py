@@ -93,6 +93,7 @@ class Folder:
             step = self.ledger.book(trial_id).state.step + 1
             measured = {
                 "primal_step": 20 * step,
+                "workers": 1,
                 "wall_time": 1000.0 + 2 * step,
                 "lr": 1e-3,
                 "grad_norm": 0.5,

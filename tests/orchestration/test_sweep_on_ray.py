@@ -110,7 +110,7 @@ def test_the_dual_server_holds_no_cpu_and_is_found_again_after_it_was_killed(tmp
         server.begin("t", 1, problem=problem, rule=rule, start=[0.0], dual_state=None)
         assert ray.available_resources()["CPU"] == 1.0
         measurement = {
-            "primal_step": 1, "wall_time": 0.0, "lr": 1e-3, "grad_norm": 1.0, "objective": 1.0, "objective_stderr": 0.1,
+            "primal_step": 1, "workers": 1, "wall_time": 0.0, "lr": 1e-3, "grad_norm": 1.0, "objective": 1.0, "objective_stderr": 0.1,
             "lagrangian": 1.0, "metrics": [4.0], "metric_stderrs": [0.1], "counts": [10],
         }  # fmt: skip
         first = server.report("t", 1, 1, measurement)
