@@ -1,5 +1,7 @@
 """What is asked for: problems, thresholds and units, multipliers, dual rules, domains, certificates, Pareto. NumPy only."""
 
+from dualsweep.constraints.checks import NonFiniteError
+from dualsweep.constraints.divergence import RunawayDetector
 from dualsweep.constraints.domains import Capped, DualDomain, NonNegative, Simplex, SumBelow, domain_from_dict
 from dualsweep.constraints.dual_rules import (
     Ascent,
@@ -36,11 +38,13 @@ __all__ = [
     "DualState",
     "Fixed",
     "GridPoint",
+    "NonFiniteError",
     "NonNegative",
     "NuPI",
     "Problem",
     "Resilient",
     "ResilientExplicit",
+    "RunawayDetector",
     "Simplex",
     "SumBelow",
     "Symptom",

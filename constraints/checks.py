@@ -8,17 +8,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 
+class NonFiniteError(ValueError):
+    """A number of a run was NaN or infinite: nothing moved by it. The attempt is void, not the configuration."""
+
+
 def checked_vector(values: ArrayLike, names: Sequence[str], *, what: str) -> NDArray[np.float64]:
     """A read-only float64 copy of ``values``, shape (len(names),), every entry finite.
 
-    Raises: ValueError naming ``what`` and the entries at fault.
+    Raises: ValueError naming ``what`` for a wrong shape; NonFiniteError naming the entries at fault.
     """
     vector = np.array(values, dtype=np.float64)
     if vector.shape != (len(names),):
         raise ValueError(f"{what} has shape {vector.shape}, expected {(len(names),)} for {list(names)}")
     if not np.isfinite(vector).all():
         bad = [name for name, value in zip(names, vector, strict=True) if not np.isfinite(value)]
-        raise ValueError(f"non-finite {what} for {bad}; stop the run and look at its last batch")
+        raise NonFiniteError(f"non-finite {what} for {bad}; stop the run and look at its last batch")
     vector.flags.writeable = False
     return vector
 

@@ -263,7 +263,8 @@ class ComputeConfig(_Section):
     placement_timeout_s: Positive = 120.0
     """After this long without room for a worker group the sweep ends with an error."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """Restarts of one trial before it counts as failed; a restart with another number of workers does not count."""
+    """Restarts of one trial, after a death or numbers that are not finite, before it counts as failed or diverged; a
+    restart with another number of workers does not count."""
 
     @property
     def elastic(self) -> bool:
@@ -285,6 +286,15 @@ class SchedulerConfig(_Section):
     metric: Literal["lagrangian", "objective", "worst_violation", "kkt_residual"] = "lagrangian"
     grace_dual_steps: Count = 5
     reduction_factor: Annotated[int, Field(ge=2)] = 3
+
+
+class DivergenceConfig(_Section):
+    """When a run that is still finite counts as running away, and stops as `diverged`."""
+
+    factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 1e4
+    """The objective or a multiplier is this many times its smallest size so far (at least 1); null: never stop."""
+    dual_steps: Annotated[int, Field(ge=2)] = 5
+    """For so many dual steps in a row, without falling."""
 
 
 class EvaluationConfig(_Section):
@@ -336,6 +346,7 @@ class SweepConfig(_Section):
     baselines: BaselinesConfig = BaselinesConfig()
     compute: ComputeConfig = ComputeConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint_every_dual_steps: Count = 10

@@ -12,6 +12,7 @@ import numpy as np
 from dualsweep.constraints import (
     DualRule,
     DualState,
+    NonFiniteError,
     Problem,
     complementarity_residual,
     infeasibility,
@@ -90,7 +91,7 @@ class DualLedger:
         """One dual step.
 
         Returns: the record to make durable, or nothing when this report was answered before.
-        Raises: StaleAttemptError, ProtocolError, ValueError naming a non-finite metric; nothing has changed then.
+        Raises: StaleAttemptError, ProtocolError, NonFiniteError naming a metric; nothing has changed then.
         """
         book = self.book(trial_id)
         if book.state is None or book.problem is None or book.rule is None:
@@ -106,7 +107,7 @@ class DualLedger:
         row = _row(book.problem, state, attempt, violation, measurement)
         for name, value in row.items():
             if not np.isfinite(value).all():
-                raise ValueError(
+                raise NonFiniteError(
                     f"trial {trial_id}: {name}={value} at dual step {dual_step} is not finite; look at its data"
                 )
         return [{"kind": "step", "trial": trial_id, "row": row, "state": state.to_dict()}]
@@ -138,6 +139,8 @@ class DualLedger:
             book.checkpoint_step = max(book.checkpoint_step, record["dual_step"])
         elif kind == "directive":
             book.directive = record["directive"]
+        elif kind == "retry":
+            book.attempt, book.status, book.error = max(book.attempt, record["attempt"]), "waiting", record["error"]
         elif kind == "reopen":
             book.status, book.result, book.error = "waiting", None, None
         elif kind == "end":

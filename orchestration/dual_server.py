@@ -98,8 +98,20 @@ class DualServer:
         await self._perform([{"kind": "checkpoint", "trial": trial_id, "dual_step": dual_step, "path": path}])
 
     async def end(self, trial_id: str, attempt: int, status: str, result: dict | None, error: str | None) -> None:
-        """A trial is over (completed, stopped, failed, diverged) or put aside (interrupted)."""
+        """A trial is over (completed, stopped, failed, diverged) or put aside (interrupted).
+
+        An attempt that diverged without a result met numbers that are not finite: the trial is handed out again, from its
+        last checkpoint, while it has retries left. Every worker of a group may say how its attempt ended; the first counts.
+        """
         self._fence(trial_id, attempt)
+        book = self.ledger.book(trial_id)
+        if book.status in FINAL or (book.attempt == attempt and book.status != "running"):
+            return
+        if status == "diverged" and result is None:
+            if attempt < self._attempt_limit.get(trial_id, 0):
+                await self._perform([{"kind": "retry", "trial": trial_id, "attempt": attempt, "error": error}])
+                return
+            error = f"{(error or '').rstrip()} (attempt {attempt}, the last that compute.max_failures allows)"
         await self._perform([{"kind": "end", "trial": trial_id, "status": status, "result": result, "error": error}])
 
     async def trace(self, trial_id: str) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """MLflow behind the sweep: a parent run a sweep, a child run a trial, written by a background thread.
 
 The sweep never waits for MLflow and never fails because of it. What cannot be delivered stays in memory and is tried
-again; what is left when the tracker closes can be delivered later from the sweep directory with `sync_sweep`, since
-every delivery may be repeated: runs are found again by their tags, MLflow drops a metric that repeats key, value,
-timestamp and step, and artifacts overwrite themselves. MLflow is imported only where it is used: it takes 2 s.
+again; what is left when the tracker closes is delivered later from the sweep's folder (`delivery.py`). Every delivery
+may be repeated, because the server is asked what it has: runs are found by their tags, a curve goes on behind its
+newest step, and what consists of files leaves its fingerprint as a tag, written last. A record of our own beside the
+sweep could disagree with the server; this one cannot. MLflow is imported only where it is used: it takes 2 s.
 """
 
 import copy
@@ -14,22 +15,24 @@ import json
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from dualsweep.orchestration.outbox import GiveUp, Item, Outbox, Undelivered
-from dualsweep.orchestration.trace import clean_name, metric_key, read_trace, read_trace_names, row_metrics
+from dualsweep.orchestration.trace import clean_name, metric_key, row_metrics
 from dualsweep.orchestration.tracking_uri import SQLITE, check_tracking, mlflow_client, resolve_tracking_uri
 from dualsweep.orchestration.units import calibration_values, unit_of
 
-__all__ = ["Tracker", "Undelivered", "check_tracking", "resolve_tracking_uri", "sync_sweep"]
+__all__ = ["Tracker", "Undelivered", "check_tracking", "resolve_tracking_uri"]
 
 METRICS_PER_BATCH = 1000  # MLflow's own limit of one `log_batch`
+HAS = "dualsweep.has."  # tags under this prefix hold the fingerprint of something that has arrived whole
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")  # need no prompt, so that `predict` can sample from them
 
 _TRIAL_STATUS = {"completed": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "diverged": "FAILED"}
@@ -65,7 +68,10 @@ class Tracker:
         self._client_: Any = None  # from here on: the writer thread only
         self._experiment_id: str | None = None
         self._run_ids: dict[str | None, str] = {}  # trial id (None: the sweep) -> MLflow run id
+        self._in_doubt: set[str | None] = set()  # owners of runs whose creation was not answered
+        self._newest_steps: dict[str, dict[str, int]] = {}  # trial id -> curve -> newest step that MLflow has
         self._model_ids: dict[str, str] = {}
+        self._delivered: Counter[str] = Counter()
 
     def start_sweep(
         self,
@@ -85,7 +91,7 @@ class Tracker:
         def deliver() -> None:
             self._describe(None, flat, tags or {}, reopen)
             for path in files:
-                self._client().log_artifact(self._run_id(None), str(path))
+                self._once(None, path.name, "files", _fingerprint(path), partial(self._upload_file, None, path))
 
         self._put("start", None, deliver)
 
@@ -97,9 +103,11 @@ class Tracker:
             metrics[metric_key("pretrained", name)] = value
             metrics[metric_key("pretrained_stderr", name)] = stderr
 
+        now = _now()
+
         def deliver() -> None:
             self._describe(None, {"pretrained.unit": unit.name}, {}, reopen=False)
-            self._log_final(None, metrics, {}, step=0)
+            self._log_final(None, metrics, {}, step=0, at=now)
 
         self._put("calibration", None, deliver)
 
@@ -120,23 +128,26 @@ class Tracker:
         self._put("start", trial_id, lambda: self._describe(trial_id, flat, tags or {}, reopen))
 
     def log_rows(self, trial_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Hand over trace rows; they become metrics at step `dual_step` and time `wall_time`."""
-        item = Item(what="rows", trial_id=trial_id, rows=[dict(row) for row in rows])
+        """Hand over trace rows in the order of their steps; they become metrics at step `dual_step` and time `wall_time`.
+
+        The rows are kept, not copied, and must stay as they are.
+        """
+        item = Item(what="rows", trial_id=trial_id, rows=list(rows))
         item.deliver = lambda: self._log_rows(trial_id, item.rows)
         self._outbox.put(item)
 
     def finish_trial(self, trial_id: str, result: Mapping[str, Any], trial_dir: Path | None) -> None:
         """The model, final metrics and tags, artifacts and the status of a trial, from its result.json and folder.
 
-        Four items, so that a model that cannot be stored does not hide the result. Rows given up before are
-        delivered from `trace.parquet`.
+        Four items, so that a model that cannot be stored does not hide the result.
         """
         result = copy.deepcopy(dict(result))
         status = _TRIAL_STATUS.get(result.get("status", ""), "FAILED")
         self._unfinished.discard(trial_id)
         if trial_dir is not None and (trial_dir / "model").is_dir():
             self._put("model", trial_id, lambda: self._log_model(trial_id, result, trial_dir / "model"))
-        self._put("result", trial_id, lambda: self._log_result(trial_id, result))
+        now = _now()
+        self._put("result", trial_id, lambda: self._log_result(trial_id, result, now))
         self._put("artifacts", trial_id, lambda: self._log_artifacts(trial_id, result, trial_dir))
         self._put("status", trial_id, lambda: self._end_run(trial_id, status))
 
@@ -154,10 +165,13 @@ class Tracker:
         if status not in _SWEEP_STATUS:
             raise ValueError(f"status of a sweep is {status!r}; known: {sorted(_SWEEP_STATUS)}")
 
+        now = _now()
+
         def deliver() -> None:
-            self._log_final(None, metrics or {}, {"dualsweep.status": status, **(tags or {})}, step=0)
+            self._log_final(None, metrics or {}, {"dualsweep.status": status, **(tags or {})}, step=0, at=now)
             if report_dir is not None:
-                self._client().log_artifacts(self._run_id(None), str(report_dir), "report")
+                upload = partial(self._upload_folder, None, report_dir, "report")
+                self._once(None, "report", "reports", _fingerprint(report_dir), upload)
 
         for trial_id in sorted(self._unfinished):
             self._put("status", trial_id, lambda trial_id=trial_id: self._end_run(trial_id, "KILLED"))
@@ -169,8 +183,12 @@ class Tracker:
         """What MLflow has not got by now: still queued, or given up with its error."""
         return self._outbox.undelivered()
 
+    def delivered(self) -> dict[str, int]:
+        """What MLflow got from this tracker and had not before, by kind: rows, runs, results, models and so on."""
+        return {kind: count for kind, count in self._delivered.items() if count}
+
     def flush(self, timeout: float) -> int:
-        """Wait until everything is delivered or given up, at most `timeout` seconds.
+        """Wait until everything is delivered or given up, at most `timeout` seconds; less when nothing gets through.
 
         Returns: the number of items that MLflow has not got, each row counting one.
         """
@@ -229,17 +247,37 @@ class Tracker:
             name = self._trials[trial_id][0]
             tags |= {"dualsweep.kind": "trial", "dualsweep.trial": clean_name(trial_id)}
             tags["mlflow.parentRunId"] = self._run_id(None)
-        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         experiment_id = self._experiment()
-        found = self._client().search_runs(
-            [experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"]
-        )
-        if found:
-            self._run_ids[trial_id] = found[0].info.run_id
-        else:
-            tags |= {"mlflow.source.name": "dualsweep", "mlflow.user": _user_name()}
-            self._run_ids[trial_id] = self._client().create_run(experiment_id, run_name=name, tags=tags).info.run_id
+        found = self._find_run(tags)
+        if found is None:
+            source = {"mlflow.source.name": "dualsweep", "mlflow.user": _user_name()}
+            try:
+                found = self._client().create_run(experiment_id, run_name=name, tags=tags | source)
+            except Exception:
+                self._in_doubt.add(trial_id)
+                raise
+            self._delivered["runs"] += 1
+        self._run_ids[trial_id] = found.info.run_id
         return self._run_ids[trial_id]
+
+    def _find_run(self, tags: Mapping[str, str]) -> Any:
+        """The run with these tags, or None. More than one means that a creation arrived whose answer was lost: a
+        server that hangs may perform it long after we asked again. Then the one that was written to stays."""
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        found = self._client().search_runs([self._experiment()], query, order_by=["attributes.start_time ASC"])
+        found = sorted(found, key=_is_empty)
+        for other in found[1:]:
+            if _is_empty(other):
+                self._client().delete_run(other.info.run_id)
+        return found[0] if found else None
+
+    def _settle(self, trial_id: str | None) -> None:
+        """Remove what a creation left that arrived after all; when nothing is left to deliver of its owner."""
+        if trial_id in self._in_doubt:
+            run = self._client().get_run(self._run_id(trial_id))
+            keys = ("dualsweep.sweep", "dualsweep.sweep_id", "dualsweep.kind", "dualsweep.trial", "mlflow.parentRunId")
+            self._find_run({key: run.data.tags[key] for key in keys if key in run.data.tags})
+            self._in_doubt.discard(trial_id)
 
     def _describe(self, trial_id: str | None, params: Mapping[str, str], tags: Mapping[str, str], reopen: bool) -> None:
         """Parameters not there yet (MLflow never changes one; a changed one becomes a tag), tags, and the status."""
@@ -255,64 +293,93 @@ class Tracker:
                 tags[f"dualsweep.changed.{key}"] = value
         for start in range(0, len(new), 100):  # MLflow's limit of one call
             self._client().log_batch(run_id, params=new[start : start + 100])
-        if trial_id is not None:
+        self._delivered["parameters"] += len(new)
+        if trial_id is not None and "dualsweep.label" not in run.data.tags:
             tags["dualsweep.label"] = self._trials[trial_id][0]
-        self._set_tags(run_id, tags)
+        self._set_tags(run_id, tags, run.data.tags)
         if reopen and run.info.status != "RUNNING":
             self._client().update_run(run_id, status="RUNNING")
 
     def _log_rows(self, trial_id: str, rows: list[dict[str, Any]]) -> None:
-        """Deliver and remove the rows from the front, so that a failure loses no progress."""
+        """Deliver and remove the rows from the front, so that a failure loses no progress.
+
+        A step that a curve has already is left out, whoever brought it: a resume that had to go back to an older
+        checkpoint makes the same numbers at another time, which MLflow would show as a second point.
+        """
         from mlflow.entities import Metric
 
         run_id = self._run_id(trial_id)
         constraints = self._trials[trial_id][1]
+        if trial_id not in self._newest_steps:
+            known = self._client().get_run(run_id).data.to_proto().metrics
+            self._newest_steps[trial_id] = {metric.key: metric.step for metric in known}
+        newest = self._newest_steps[trial_id]
         while rows:
             count = max(1, METRICS_PER_BATCH // max(1, len(row_metrics(rows[0], constraints))))
             metrics = [
                 Metric(key, value, int(row["wall_time"] * 1000), int(row["dual_step"]))
                 for row in rows[:count]
                 for key, value in row_metrics(row, constraints).items()
+                if row["dual_step"] > newest.get(key, 0)
             ]
-            for start in range(0, len(metrics), METRICS_PER_BATCH):
-                self._client().log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
+            try:
+                for start in range(0, len(metrics), METRICS_PER_BATCH):
+                    self._client().log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
+            except Exception:
+                del self._newest_steps[trial_id]  # whether it arrived is not known: the server will be asked again
+                raise
+            newest |= {metric.key: metric.step for metric in metrics}
+            self._delivered["rows"] += len({metric.step for metric in metrics})
             del rows[:count]
 
-    def _log_result(self, trial_id: str, result: dict[str, Any]) -> None:
+    def _log_result(self, trial_id: str, result: dict[str, Any], at: int) -> None:
         certificate = result.get("certificate") or {}
         tags = {
             "feasible": _FEASIBLE.get(certificate.get("verdict"), "undecided"),
             "dualsweep.status": str(result.get("status")),
             **{f"dualsweep.{key}": str(result[key]) for key in ("method", "unit") if key in result},
             "dualsweep.trial_kind": str(result.get("kind")),
+            "dualsweep.label": str(result.get("label", trial_id)),
         }
         signs = [*(certificate.get("symptoms") or ())]
         signs += [f"multiplier of {name} at its bound" for name in certificate.get("saturated") or ()]
         if signs:
             tags["dualsweep.signs"] = "; ".join(signs)
+        if result.get("reason"):
+            tags["dualsweep.reason"] = result["reason"][:5000]
         if result.get("error"):
             tags["dualsweep.error"] = result["error"][-5000:]  # the end of a traceback says what happened
-        self._log_final(trial_id, dict(_final_metrics(result)), tags, step=int(result.get("dual_steps") or 0))
+        step = int(result.get("dual_steps") or 0)
+        self._delivered["results"] += self._log_final(trial_id, dict(_final_metrics(result)), tags, step=step, at=at)
 
     def _log_final(
-        self, trial_id: str | None, metrics: Mapping[str, float], tags: Mapping[str, str], *, step: int
-    ) -> None:
-        """Metrics that the run does not show with this value already, and tags."""
+        self, trial_id: str | None, metrics: Mapping[str, float], tags: Mapping[str, str], *, step: int, at: int
+    ) -> bool:
+        """Metrics that the run does not show with this value already, and tags. Returns: whether there were any.
+
+        `at`, in ms since 1970, is the same for every try, so that one that arrived without an answer is no second point.
+        """
         from mlflow.entities import Metric
 
         run_id = self._run_id(trial_id)
-        shown = self._client().get_run(run_id).data.metrics
-        now, model_id = int(time.time() * 1000), self._model_ids.get(trial_id)
+        run = self._client().get_run(run_id)
+        shown, model_id = run.data.metrics, self._model_ids.get(trial_id)
         new = []
         for name, value in metrics.items():
             key = "/".join(clean_name(part) for part in name.split("/"))
             if value is not None and math.isfinite(value) and shown.get(key) != value:
-                new.append(Metric(key, float(value), now, step, model_id=model_id))
+                new.append(Metric(key, float(value), at, step, model_id=model_id))
         for start in range(0, len(new), METRICS_PER_BATCH):
             self._client().log_batch(run_id, metrics=new[start : start + METRICS_PER_BATCH])
-        self._set_tags(run_id, tags)
+        return bool(self._set_tags(run_id, tags, run.data.tags) + len(new))
 
     def _log_artifacts(self, trial_id: str, result: dict[str, Any], trial_dir: Path | None) -> None:
+        files = [trial_dir / name for name in ("samples.npy", "trace.parquet")] if trial_dir is not None else []
+        fingerprint = _fingerprint(*files, also=json.dumps(result, sort_keys=True))
+        upload = partial(self._upload_artifacts, trial_id, result, trial_dir)
+        self._once(trial_id, "artifacts", "trial artifacts", fingerprint, upload)
+
+    def _upload_artifacts(self, trial_id: str, result: dict[str, Any], trial_dir: Path | None) -> None:
         client, run_id = self._client(), self._run_id(trial_id)
         if result.get("error"):
             client.log_text(run_id, result["error"], "error.txt")
@@ -330,12 +397,21 @@ class Tracker:
                 client.log_artifact(run_id, str(trial_dir / "samples.npy"))
         if (trial_dir / "trace.parquet").exists():
             client.log_artifact(run_id, str(trial_dir / "trace.parquet"), "trace")
-            if lost := self._outbox.take_lost_rows(trial_id):
-                try:
-                    self._log_rows(trial_id, read_trace(trial_dir / "trace.parquet"))
-                except BaseException:
-                    self._outbox.give_back(lost)
-                    raise
+
+    def _upload_file(self, trial_id: str | None, path: Path) -> None:
+        self._client().log_artifact(self._run_id(trial_id), str(path))
+
+    def _upload_folder(self, trial_id: str | None, folder: Path, place: str) -> None:
+        self._client().log_artifacts(self._run_id(trial_id), str(folder), place)
+
+    def _once(self, trial_id: str | None, what: str, kind: str, fingerprint: str, upload: Callable[[], None]) -> None:
+        """Upload unless the run's tag says that MLflow has it; the tag comes last, so that it never lies."""
+        run_id, tag = self._run_id(trial_id), f"{HAS}{clean_name(what)}"
+        tags = self._client().get_run(run_id).data.tags
+        if tags.get(tag) != fingerprint:
+            upload()
+            self._set_tags(run_id, {tag: fingerprint}, tags)
+            self._delivered[kind] += 1
 
     def _log_model(self, trial_id: str, result: dict[str, Any], folder: Path) -> None:
         """A pipeline becomes a logged model that can sample; any other folder plain artifacts under `model/`.
@@ -346,7 +422,8 @@ class Tracker:
         index = folder / "model_index.json"
         kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"] if index.exists() else None
         if kind not in PIPELINES or (folder / "composition.json").exists():
-            client.log_artifacts(run_id, str(folder), "model")
+            upload = partial(self._upload_folder, trial_id, folder, "model")
+            self._once(trial_id, "model", "models", _fingerprint(folder), upload)
             return
         from mlflow.entities import LoggedModelOutput
 
@@ -361,69 +438,30 @@ class Tracker:
                 client.log_model_artifacts(model.model_id, str(Path(scratch) / "model"))
             client.finalize_logged_model(model.model_id, "READY")
             client.set_logged_model_tags(model.model_id, {"dualsweep.sha256": fingerprint})
+            self._delivered["models"] += 1
         outputs = client.get_run(run_id).outputs
         if model.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
             step = int(result.get("dual_steps") or 0)
             client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
         self._model_ids[trial_id] = model.model_id
 
-    def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+    def _set_tags(self, run_id: str, tags: Mapping[str, str], known: Mapping[str, str]) -> int:
+        """Set the tags that are not `known` with this value. Returns: how many."""
         from mlflow.entities import RunTag
 
-        entries = [RunTag(clean_name(key), str(value)[:5000]) for key, value in tags.items()]
+        wanted = {clean_name(key): str(value)[:5000] for key, value in tags.items()}
+        entries = [RunTag(key, value) for key, value in wanted.items() if known.get(key) != value]
         for start in range(0, len(entries), 100):
             self._client().log_batch(run_id, tags=entries[start : start + 100])
+        return len(entries)
 
     def _end_run(self, trial_id: str | None, status: str) -> None:
         run_id = self._run_id(trial_id)
         if self._client().get_run(run_id).info.status != status:  # a repetition must not move the end time
             self._client().set_terminated(run_id, status)
-
-
-def sync_sweep(sweep_dir: Path, tracker: Tracker) -> list[str]:
-    """Deliver again everything a sweep left in its (local) directory; the ids of the trials handed over.
-
-    Only queues: `tracker.flush(timeout)` tells what arrived. A trial without result.json gets the rows of its trace
-    and keeps its status. The sweep itself is ended only when every point in points.json has its result.
-    Raises: ValueError naming a file that cannot be read; nothing is delivered then.
-    """
-    config = _load(sweep_dir / "sweep.yaml", yaml.safe_load) or {}
-    points = {point["trial_id"]: point for point in _load(sweep_dir / "points.json", json.loads) or []}
-    found: dict[str, tuple[dict[str, Any], tuple[str, ...], list[dict[str, Any]], Path]] = {}
-    for folder in sorted(path for path in (sweep_dir / "trials").glob("*") if path.is_dir()):
-        result = _load(folder / "result.json", json.loads) or {}
-        rows, names = [], tuple(entry["name"] for entry in result.get("constraints", ()))
-        if (folder / "trace.parquet").exists():
-            rows, names = read_trace(folder / "trace.parquet"), read_trace_names(folder / "trace.parquet")[0]
-        if result or rows:
-            found[folder.name] = (result, names, rows, folder)
-    tracker.start_sweep(config, files=[path for path in [sweep_dir / "sweep.yaml"] if path.exists()], reopen=False)
-    calibration = next((result["calibration"] for result, *_ in found.values() if result.get("calibration")), None)
-    if calibration is not None:
-        tracker.log_calibration(calibration)
-    for trial_id, (result, names, rows, folder) in found.items():
-        point = points.get(trial_id, {}) | result
-        params = {key: point[key] for key in ("kind", "method", "unit", "thresholds") if key in point}
-        tracker.start_trial(trial_id, point.get("label", trial_id), params, constraints=names, reopen=False)
-        tracker.log_rows(trial_id, rows)
-        if result:
-            tracker.finish_trial(trial_id, result, folder)
-    done = {trial_id: result for trial_id, (result, *_) in found.items() if result}
-    if done and set(points) <= set(done):
-        failed = any(_TRIAL_STATUS.get(result.get("status", "")) != "FINISHED" for result in done.values())
-        report = sweep_dir / "report"
-        tracker.finish_sweep(report if report.is_dir() else None, "failed" if failed else "completed")
-    return list(found)
-
-
-def _load(path: Path, parse: Callable[[str], Any]) -> Any:
-    """The parsed file, or None if there is none."""
-    if not path.exists():
-        return None
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); restore it, or move it away to leave it out") from error
+            self._delivered["ends of runs"] += 1
+        for owner in [trial_id] if trial_id is not None else list(self._in_doubt):
+            self._settle(owner)
 
 
 def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -502,14 +540,26 @@ def _save_pyfunc(folder: Path, scratch: Path, model: Any, run_id: str) -> None:
     )
 
 
-def _fingerprint(folder: Path) -> str:
-    """sha256 over the names and contents of all files of a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+def _fingerprint(*paths: Path, also: str = "") -> str:
+    """sha256 over the names and contents of files, of all files of folders, and a text; a missing file counts nothing."""
+    digest = hashlib.sha256(also.encode())
+    for root in paths:
+        files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+        for path in files:
+            with path.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest.update(f"{path.relative_to(root).as_posix()}\0{content}\n".encode())
     return digest.hexdigest()
+
+
+def _is_empty(run: Any) -> bool:
+    """Whether nothing was written to a run yet."""
+    return not (run.data.metrics or run.data.params)
+
+
+def _now() -> int:
+    """Milliseconds since 1970, as MLflow counts."""
+    return int(time.time() * 1000)
 
 
 def _user_name() -> str:

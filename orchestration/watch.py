@@ -166,6 +166,7 @@ def _failed_result(view: TrialView) -> dict[str, Any]:
         "kind": view.point["kind"],
         "status": view.status,
         "error": view.error,
+        "reason": view.error.strip().splitlines()[-1] if view.status == "diverged" and view.error else None,
         "thresholds": view.point["thresholds"],
         "multipliers": dict(zip(view.names, row.get("multipliers", []), strict=False)),
         "averaged_multipliers": {},

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 from scipy.special import expit, logsumexp
 
+from dualsweep.constraints import NonFiniteError
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 
 Predictor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -423,7 +424,7 @@ def _predict(predictor: Predictor, x_t: torch.Tensor, timestep: torch.Tensor) ->
         )
     if not bool(torch.isfinite(prediction).all()):
         bad = timestep[~torch.isfinite(prediction).flatten(1).all(1)].unique().tolist()
-        raise ValueError(
+        raise NonFiniteError(
             f"noise predictions are not finite at timesteps {bad[:8]}: look at the model's weights and samples"
         )
     # half-precision predictions: their difference is taken in the samples' precision
@@ -471,7 +472,7 @@ def _check_samples(
             f"samples have shape {tuple(x_0.shape)}, {x_0.dtype}: give floating point (n, *sample_shape), n >= 1"
         )
     if not bool(torch.isfinite(x_0).all()):
-        raise ValueError("samples hold numbers that are not finite: look at the sampler that made them")
+        raise NonFiniteError("samples hold numbers that are not finite: look at the sampler that made them")
 
 
 def _checked_exponents(values: ArrayLike, name: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dualsweep.constraints import Constraint
+from dualsweep.constraints import Constraint, NonFiniteError
 from dualsweep.trainers.labellers import Labeller
 from dualsweep.trainers.samplers import starting_noise
 
@@ -113,4 +113,9 @@ def share_draws(
     if not len(start):
         return Draws(np.zeros((0, len(classes))))
     samples = sample(denoiser, multipliers, start, num_sampling_steps=num_sampling_steps)
+    if not bool(torch.isfinite(samples).all()):  # a classifier's own refusal would look like a fault of the program
+        bad = (~torch.isfinite(samples).flatten(1).all(1)).nonzero().flatten().tolist()
+        raise NonFiniteError(
+            f"{len(bad)} of {len(samples)} samples of the model are not finite, the first is draw {bad[0]}"
+        )
     return Draws(labeller.label(samples.numpy())[:, list(classes)].astype(np.float64), samples)

@@ -5,13 +5,13 @@ import math
 import torch
 from accelerate import Accelerator
 
+from dualsweep.constraints import NonFiniteError
+from dualsweep.trainers.bad_numbers import BatchNonFiniteError, bad_positions
 from dualsweep.trainers.methods import Method
 from dualsweep.trainers.methods.base import Batch, StreamSums
 from dualsweep.trainers.state import TrainState
 
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient was NaN or infinite; neither the optimizer nor the multipliers moved."""
+__all__ = ["NonFiniteError", "primal_step"]
 
 
 def primal_step(
@@ -31,24 +31,29 @@ def primal_step(
         sums: collects the per-sample values for the next dual step.
     Returns: global gradient norm before clipping (stationarity of the Lagrangian); infinite where fp16 gradients
         overflowed and the scaler skips the update.
-    Raises: NonFiniteError before the optimizer moves, naming the primal step.
+    Raises: BatchNonFiniteError before the optimizer moves, naming the primal step; on every worker if on one.
     """
     train.optimizer.zero_grad(set_to_none=True)
     with accelerator.autocast():
         terms = method.primal_loss(train.denoiser, batch, multipliers)
+    loss = terms.loss
+    if accelerator.num_processes > 1:
+        loss = loss + _alarm(loss, train.denoiser)
     # Gradients are averaged over ranks, while the parts of the Lagrangian add up: scale by the number of ranks.
-    accelerator.backward(terms.loss * accelerator.num_processes)
+    accelerator.backward(loss * accelerator.num_processes)
     if accelerator.scaler is not None:
         accelerator.scaler.unscale_(train.optimizer)
     grad_norm = float(accelerator.clip_grad_norm_(train.denoiser.parameters(), grad_clip))
     value = float(terms.loss.detach())
-    if not math.isfinite(value) or (not math.isfinite(grad_norm) and accelerator.scaler is None):
+    if not _may_step(value, grad_norm, accelerator, terms.loss):
         train.optimizer.zero_grad(set_to_none=True)
         if accelerator.scaler is not None:
             accelerator.scaler.update()
-        raise NonFiniteError(
+        raise BatchNonFiniteError(
             f"non-finite {'gradient' if math.isfinite(value) else 'loss'} at primal step {train.primal_step + 1} "
-            f"(loss {value:g}, gradient norm {grad_norm:g}); the optimizer did not move"
+            f"(loss {value:g}, gradient norm {grad_norm:g}); the optimizer did not move",
+            here=not math.isfinite(value),
+            rows=bad_positions(terms, batch),
         )
     if accelerator.scaler is not None:
         accelerator.scaler.step(train.optimizer)  # skips the update itself when fp16 gradients overflowed
@@ -59,3 +64,26 @@ def primal_step(
     if sums is not None:
         sums.add(terms.values, terms.counts)
     return grad_norm
+
+
+def _alarm(loss: torch.Tensor, denoiser: torch.nn.Module) -> torch.Tensor:
+    """Zero, with a gradient of zero; NaN and NaN where the loss is not finite.
+
+    The gradients are summed over ranks anyway, and carry the news to all of them without another synchronisation: also of a
+    loss whose own gradient says nothing (a constant infinity).
+    """
+    return loss.detach() * 0.0 * next(p for p in denoiser.parameters() if p.requires_grad).sum()
+
+
+def _may_step(value: float, grad_norm: float, accelerator: Accelerator, loss: torch.Tensor) -> bool:
+    """Whether this step is sound, or at least an fp16 overflow that the scaler skips; every rank gets the same answer."""
+    if math.isfinite(grad_norm):
+        # One rank alone: with several, the alarm would have spoilt the norm.
+        return math.isfinite(value)
+    if accelerator.scaler is None or accelerator.scaler.get_scale() < 1:
+        return False  # below 1 it is not the scaling that overflows
+    if accelerator.num_processes == 1:
+        return math.isfinite(value)
+    # Overflow or alarm? The norm is the same on all ranks, so that all of them come here and ask.
+    bad = loss.new_tensor(float(not math.isfinite(value)), dtype=torch.float32)
+    return not bool(accelerator.reduce(bad, "sum"))

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
+from dualsweep.constraints import NonFiniteError
 from dualsweep.datasets import DatasetSpec
 from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.dual_client import DualClient
 from dualsweep.trainers.loop import run_trial
-from dualsweep.trainers.primal import NonFiniteError
 from dualsweep.trainers.workspace import Workspace
 
 
@@ -38,8 +38,10 @@ def serve(
 ) -> None:
     """Train assignments until the slot is closed; called by every worker of a group, or in-process without Ray Train.
 
-    A trial that raises is recorded with its traceback and the group goes on with the next one. With several workers the
-    others may be inside a collective call, so the group ends instead, and is restarted by Ray Train.
+    A trial that raises is recorded with its traceback and the group goes on with the next one. Where a number was not
+    finite the server hands the trial out again while it has retries left, and the worker forgets all it had cached: a
+    pool or a labeller may have got it, too. With several workers the others may be inside a collective call, so the group
+    ends instead, and is restarted by Ray Train; whichever rank raised first has said why, the server drops what follows.
     """
     torch.set_num_threads(num_threads)
     workspace = Workspace(config, data_spec)
@@ -54,17 +56,28 @@ def serve(
         try:
             result = run_trial(workspace, assignment, server)
         except Exception as error:  # the trial boundary: whatever it was, it is recorded and the sweep goes on
-            text = traceback.format_exc()
-            if workspace.rank == 0:
-                status = "diverged" if isinstance(error, NonFiniteError) else "failed"
-                server.end(assignment.trial_id, assignment.attempt, status, error=text)
+            bad = isinstance(error, NonFiniteError)
+            if not _lost_peer(error):
+                text = traceback.format_exc()
+                server.end(assignment.trial_id, assignment.attempt, "diverged" if bad else "failed", error=text)
             if workspace.world_size > 1:
                 raise
+            finished = None if bad else assignment.trial_id
+            if bad:
+                workspace = Workspace(config, data_spec)
         else:
             if workspace.rank == 0:
                 status = result["status"] if result is not None else "interrupted"
-                server.end(assignment.trial_id, assignment.attempt, status, result=_plain(result))
-        finished = assignment.trial_id
+                reason = result.get("reason") if result is not None else None
+                server.end(assignment.trial_id, assignment.attempt, status, result=_plain(result), error=reason)
+            finished = assignment.trial_id
+
+
+def _lost_peer(error: Exception) -> bool:
+    """Whether another worker is gone: this one did nothing wrong, and the group starts again from the checkpoint."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from dualsweep.constraints import NonFiniteError
 from dualsweep.datasets import ConstrainedData, DatasetSpec, Streams, build
 from dualsweep.trainers.evaluate import weighted_errors
 from dualsweep.trainers.labellers import Labeller, evaluation_labeller, training_labeller
@@ -133,6 +134,10 @@ class Workspace:
                     key: dict(zip(self.constraint_names, getattr(found, key), strict=True))
                     for key in ("metrics", "stderrs", "counts")
                 }
+                if not np.isfinite([*found.metrics, *found.stderrs]).all():  # kept, it would spoil every trial to come
+                    raise NonFiniteError(
+                        f"calibration of the pretrained model is not finite: {values}; look at the data"
+                    )
                 write_json(path, {"unit": parts["unit"], **values})
             self._calibration = read_json(path)
         return self._calibration
