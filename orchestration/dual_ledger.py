@@ -49,6 +49,7 @@ class TrialBook:
     superseded_rows: int = 0
     result: dict[str, Any] | None = None
     error: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 class DualLedger:
@@ -137,6 +138,8 @@ class DualLedger:
             book.rows.append(record["row"])
         elif kind == "checkpoint":
             book.checkpoint_step = max(book.checkpoint_step, record["dual_step"])
+        elif kind == "note":
+            book.notes.append(f"attempt {record['attempt']}: {record['text']}")
         elif kind == "directive":
             book.directive = record["directive"]
         elif kind == "retry":

@@ -2,15 +2,25 @@
 
 A record is one line, ``crc32 json``. A torn last line (the process died while writing it) is dropped; a damaged line with
 others behind it is an error that names file and offset, because what follows it may depend on it.
+
+An object store cannot append, so there every group of records is an object of its own, `journal/<epoch>-<writer>/<number>`.
+Opening begins a new epoch whose object 0 holds all records so far. A replay reads the newest epoch alone: what a superseded
+writer (an actor thought dead on a node that lost its network) still writes counts for nothing.
 """
 
 import io
 import json
 import os
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from dualsweep.trainers.store import Store, local_trouble
+
+EPOCH_OBJECTS = 1000
 
 
 class JournalError(ValueError):
@@ -40,12 +50,87 @@ class Journal:
             while left:  # a raw write may do only a part, without an error
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
-        except OSError:
+        except OSError as error:
             self._file.truncate(start)  # a torn record with others behind it would make the journal unreadable
-            raise
+            raise local_trouble(self.path, error) from error
 
     def close(self) -> None:
         self._file.close()
+
+
+class RemoteJournal:
+    """A journal on a remote store. Opening it replays, and begins an epoch; `append` returns once the store has the records."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self._store, self._folder, self._writer = store, folder / "journal", uuid.uuid4().hex[:8]
+        content = read_remote_journal(store, folder)
+        self.records, whole = _parse(content, store.address(self._folder))
+        self._history = [content[:whole]]
+        self._begin_epoch()
+
+    def append(self, records: Iterable[dict[str, Any] | bytes]) -> None:
+        """Write records (plain or encoded) as one object. Raises: StorageError; the same number is written again then."""
+        content = b"".join(record if isinstance(record, bytes) else encode_record(record) for record in records)
+        if self._number >= EPOCH_OBJECTS:
+            self._begin_epoch()
+        self._store.write(self._epoch / _object_name(self._number), content)
+        self._history.append(content)
+        self._number += 1
+
+    def _begin_epoch(self) -> None:
+        """A replay reads at most `EPOCH_OBJECTS` objects; the epochs before are removed."""
+        before = self._store.folders(self._folder)
+        newest = int(before[-1].partition("-")[0]) if before else 0
+        self._epoch = self._folder / f"{newest + 1:06d}-{self._writer}"
+        self._history = [b"".join(self._history)]
+        self._store.write(self._epoch / _object_name(0), self._history[0])
+        self._number = 1
+        for name in before:
+            self._store.remove(self._folder / name)
+
+    def close(self) -> None:
+        return None
+
+
+def read_remote_journal(store: Store, folder: Path) -> bytes:
+    """The newest epoch's records as a journal file holds them; nobody needs to be kept from writing.
+
+    Raises: JournalError naming a missing object; StorageError.
+    """
+    place = folder / "journal"
+    for last_try in (False, False, True):
+        try:
+            # An epoch without its object 0 was never begun.
+            for epoch in reversed(store.folders(place)):
+                numbers = store.files(place / epoch)
+                if numbers and numbers[0] == _object_name(0):
+                    return _joined(store, place / epoch, numbers)
+        except _Vanished as error:  # another epoch began while this one was read
+            if last_try:
+                raise JournalError(f"{store.address(place)}: {error}; restore it, or remove the sweep") from None
+        else:
+            return b""
+    return b""
+
+
+class _Vanished(Exception):
+    """An object of an epoch is not there."""
+
+
+def _joined(store: Store, epoch: Path, names: list[str]) -> bytes:
+    wanted = [_object_name(number) for number in range(len(names))]
+    if names != wanted:
+        raise _Vanished(f"object {next(name for name in wanted if name not in names)} of {epoch.name} is missing")
+    with ThreadPoolExecutor(16) as pool:
+        contents = list(pool.map(lambda name: store.read(epoch / name), names))
+    for name, content in zip(names, contents, strict=True):
+        if content is None:
+            raise _Vanished(f"object {name} of {epoch.name} is missing")
+    return b"".join(contents)
+
+
+def _object_name(number: int) -> str:
+    return f"{number:09d}"
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
@@ -67,6 +152,11 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
         content = path.read_bytes()
     except FileNotFoundError:
         return [], 0
+    return _parse(content, str(path))
+
+
+def _parse(content: bytes, source: str) -> tuple[list[dict[str, Any]], int]:
+    """The whole records, and where they end. Raises: JournalError."""
     records, offset = [], 0
     for line, end in _lines(content):
         body = line[9:].rstrip(b"\n")
@@ -74,7 +164,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
             break  # torn: a write that was cut short never got as far as the line's end
         if line[:9] != b"%08x " % zlib.crc32(body):
             raise JournalError(
-                f"{path}: record at byte {offset} is corrupted; restore the file from a copy, or remove the sweep and "
+                f"{source}: record at byte {offset} is corrupted; restore the file from a copy, or remove the sweep and "
                 "run it again"
             )
         records.append(json.loads(body))

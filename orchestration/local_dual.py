@@ -27,6 +27,9 @@ class LocalDual:
     def checkpointed(self, trial_id: str, attempt: int, dual_step: int, path: str) -> None:
         self._perform([{"kind": "checkpoint", "trial": trial_id, "dual_step": dual_step}])
 
+    def note(self, trial_id: str, attempt: int, text: str) -> None:
+        self._perform([{"kind": "note", "trial": trial_id, "attempt": attempt, "text": text}])
+
     def trace(self, trial_id: str) -> list[dict[str, Any]]:
         return list(self.ledger.book(trial_id).rows)
 

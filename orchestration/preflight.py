@@ -11,7 +11,7 @@ from dualsweep.orchestration.journal import read_journal
 from dualsweep.orchestration.points import search_settings
 from dualsweep.orchestration.storage import check_writable, storage_root
 from dualsweep.orchestration.tracking import check_tracking, resolve_tracking_uri
-from dualsweep.trainers.loop import newest_checkpoint
+from dualsweep.trainers.checkpoints import newest_checkpoint
 from dualsweep.trainers.methods import METHODS, Method
 from dualsweep.trainers.models import check_image_size, load_model
 
@@ -56,7 +56,8 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
             check_fits_locally(config.compute)
         if resume:
             _check_resumable(folder)
-        check_tracking(tracking_uri, timeout=8.0)
+        if not resume:  # a resume goes on without it
+            check_tracking(tracking_uri, timeout=8.0)
     except ConfigError:
         raise
     except ValueError as error:

@@ -1,27 +1,71 @@
-"""Where sweeps live: a local or shared folder, checked before anything starts."""
+"""Where sweeps live: a local or shared folder, or a remote address with a working folder on every node."""
 
+import hashlib
 import os
+import re
 import tempfile
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from dualsweep.orchestration.config import ConfigError
+from dualsweep.orchestration.journal import read_remote_journal
+from dualsweep.trainers.store import MANIFEST, StorageError, Store, writing_to
+
+CACHE_VARIABLE = "DUALSWEEP_CACHE"
+CHECK_WAIT_S = 5.0  # a first try's own time-outs come on top
+DRIVER_FILE = "driver.json"
+
+
+def open_store(storage: str) -> Store:
+    """The store of a config's `storage`: a folder, or a URI of any file system that pyarrow knows.
+
+    Nothing is contacted or made. Raises: ConfigError for an address that cannot be one.
+    """
+    parts = urlsplit(storage)
+    if not parts.scheme:
+        return Store(Path(storage).expanduser().absolute())
+    if parts.scheme == "file":
+        return Store(Path(unquote(parts.path)).absolute())
+    if "@" in parts.netloc:
+        raise ConfigError(
+            f"storage: {parts.scheme}://…@{parts.netloc.rpartition('@')[2]} holds credentials, which would end up in files and "
+            "in MLflow; give them in the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...)"
+        )
+    address = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
+    # One folder an address, so that two of them never mix; readable, for a user who looks for room on a disk.
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", address)[:60]
+    digest = hashlib.sha256(address.encode()).hexdigest()[:8]
+    cache = os.environ.get(CACHE_VARIABLE) or "~/.cache/dualsweep"
+    return Store(Path(cache).expanduser().absolute() / f"{readable}-{digest}", storage)
+
+
+def store_of(storage: str, root: Path) -> Store:
+    """The store of a running sweep, for a process that was told its working folder."""
+    return Store(root, open_store(storage).uri)
 
 
 def storage_root(storage: str) -> Path:
-    """The storage folder as an absolute path.
+    """The local folder of a storage: itself, or this node's working folder."""
+    return open_store(storage).root
 
-    Raises: ConfigError for a remote URI: workers write through the file system, so object stores are mounted.
-    """
-    scheme = urlsplit(storage).scheme
-    if scheme == "file":
-        storage = urlsplit(storage).path
-    elif scheme:
+
+def check_storage(store: Store) -> None:
+    """Raises: ConfigError when the storage, or this node's working folder, cannot be written. Leaves nothing behind."""
+    check_writable(store.root)
+    if store.uri is None:
+        return
+    probe = store.root / f".dualsweep-check-{uuid.uuid4().hex[:8]}"
+    try:
+        store.write(probe, b"dualsweep", wait_s=CHECK_WAIT_S)
+        store.remove_file(probe)
+    except (StorageError, OSError, ValueError) as error:
+        reason = " ".join(str(error).removeprefix("storage: ").split())
         raise ConfigError(
-            f"storage: {storage!r} is a remote URI; give a folder that every node sees (NFS, EFS, or the bucket mounted with "
-            "s3fs, gcsfuse or mountpoint-s3)"
-        )
-    return Path(storage).expanduser().absolute()
+            f"storage: {store.address(store.root)} cannot be written ({reason}); start or reach it, or give another with "
+            "storage=..."
+        ) from None
 
 
 def check_writable(root: Path) -> None:
@@ -37,9 +81,65 @@ def check_writable(root: Path) -> None:
     if not nearest.is_dir():
         raise ConfigError(f"storage: {nearest} is a file, not a folder; give another folder with storage=PATH")
     try:
-        with tempfile.NamedTemporaryFile(dir=nearest, prefix=".dualsweep-check-"):
-            pass
+        with tempfile.NamedTemporaryFile(dir=nearest, prefix=".dualsweep-check-") as probe:
+            probe.write(b"dualsweep" * 1000)  # a full disk still makes empty files
+            probe.flush()
     except OSError as error:
         raise ConfigError(
             f"storage: {root} is not writable ({os.strerror(error.errno or 0)}); give another folder with storage=PATH"
         ) from None
+
+
+def bring(store: Store, name: str, *, trials: bool = False, models: bool = False) -> Path:
+    """This node's copy of a sweep's folder, made or renewed from the remote one; a local storage's is the folder itself.
+
+    Args:
+        trials: with the single files of every trial (results, traces, samples), which a report reads.
+        models: with the models too.
+    Raises: ConfigError when the address does not answer or the journal is damaged.
+    """
+    folder = store.root / name
+    if store.uri is None:
+        return folder
+    try:
+        if not store.exists(folder / "sweep.yaml"):
+            return folder
+        (folder / DRIVER_FILE).unlink(missing_ok=True)
+        store.fetch_files(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with writing_to(folder / "journal.jsonl"):
+            part = folder / f"journal.jsonl.part{os.getpid()}"
+            part.write_bytes(read_remote_journal(store, folder))
+            os.replace(part, folder / "journal.jsonl")
+        if trials or models:
+            with ThreadPoolExecutor(8) as pool:
+                here = [folder / "trials" / trial for trial in store.folders(folder / "trials")]
+                list(pool.map(lambda trial: bring_trial(store, trial, models=models), here))
+    except (StorageError, ValueError) as error:
+        raise ConfigError(f"sweep {name!r}: {error}") from None
+    return folder
+
+
+def bring_trial(store: Store, folder: Path, *, models: bool) -> None:
+    """What a trial has left so far, without its checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    store.fetch_files(folder)
+    if models:
+        store.fetch(folder / "model")
+
+
+def bring_model(model: str) -> Path:
+    """A model folder given by path or address. Raises: ConfigError when a remote one is not there or not whole."""
+    if "://" not in model:
+        return Path(model)
+    parts = urlsplit(model)
+    above, _, name = parts.path.rstrip("/").rpartition("/")
+    store = open_store(parts._replace(path=above).geturl())
+    if store.uri is None:
+        return store.root / name
+    try:
+        if store.fetch(store.root / name):
+            return store.root / name
+    except (StorageError, ValueError) as error:
+        raise ConfigError(f"MODEL: {error}") from None
+    raise ConfigError(f"MODEL: no model at {store.address(store.root / name)} ({name}{MANIFEST} is missing there)")

@@ -11,6 +11,7 @@ from ray.train.torch import TorchTrainer
 
 from dualsweep.orchestration.config import SweepConfig
 from dualsweep.orchestration.dual_server import find_dual_server
+from dualsweep.orchestration.storage import store_of
 
 CLOSE_TIMEOUT_S = 60.0
 
@@ -26,6 +27,7 @@ def train_loop(loop_config: dict[str, Any]) -> None:
         config.to_dict(),
         config.data,
         num_threads=config.compute.cpus_per_worker,
+        store=store_of(config.storage, Path(loop_config["folder"]).parent),
     )
 
 

@@ -35,6 +35,10 @@ class DualClient(Protocol):
         """A complete checkpoint exists at `path`."""
         ...
 
+    def note(self, trial_id: str, attempt: int, text: str) -> None:
+        """Something a user should know of this attempt, such as a damaged checkpoint that was passed over."""
+        ...
+
     def trace(self, trial_id: str) -> list[dict[str, Any]]:
         """Every row so far, in dual-step order."""
         ...

@@ -3,7 +3,8 @@
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,29 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from dualsweep.constraints import Constraint, Problem, resolved_threshold
+from dualsweep.constraints import Constraint, NonFiniteError, Problem, RunawayDetector, resolved_threshold
 from dualsweep.constraints.senses import threshold_sense
+from dualsweep.datasets.streams import Draw
 from dualsweep.trainers.assignment import Assignment
+from dualsweep.trainers.bad_numbers import BatchNonFiniteError, drawn_part, report_path, told, write_report
+from dualsweep.trainers.checkpoints import find_checkpoint, save_checkpoint, tidy
 from dualsweep.trainers.dual_client import DualClient, Reply
 from dualsweep.trainers.methods import METHODS, Method, Pretraining, StreamSums
 from dualsweep.trainers.methods.base import make_batch
 from dualsweep.trainers.metrics import Draws, Measurement, loss_measurement, mean_and_stderr, shard_counts
 from dualsweep.trainers.models import save_model
 from dualsweep.trainers.primal import primal_step
-from dualsweep.trainers.results import averaged_multipliers, evaluate_trial, trial_summary, write_base
-from dualsweep.trainers.state import CheckpointError, TrainState, read_checkpoint_meta
+from dualsweep.trainers.results import (
+    averaged_multipliers,
+    evaluate_trial,
+    push_base,
+    push_trial,
+    trial_summary,
+    write_base,
+)
+from dualsweep.trainers.state import TrainState
+from dualsweep.trainers.store import Store
 from dualsweep.trainers.workspace import Workspace
-
-KEPT_CHECKPOINTS = 2
 
 
 def run_trial(workspace: Workspace, assignment: Assignment, dual: DualClient) -> dict[str, Any] | None:
@@ -33,7 +43,8 @@ def run_trial(workspace: Workspace, assignment: Assignment, dual: DualClient) ->
     Every worker calls this with the same assignment; rank 0 alone talks to `dual` and writes files.
 
     Returns: the result (the content of result.json), or None when the trial was interrupted to be resumed later.
-    Raises: NonFiniteError, CheckpointError and whatever training raises; nothing is written then but checkpoints.
+    Raises: NonFiniteError naming the step and the draws at fault, CheckpointError and whatever training raises; nothing is
+        written then but checkpoints and the draws at fault (`bad_numbers-<attempt>.json`).
     """
     return _Trial(workspace, assignment, dual).run()
 
@@ -49,6 +60,7 @@ class _Trial:
         self.folder = Path(assignment.base_dir if self.is_base else assignment.trial_dir)
         self.unit: str = config["thresholds"]["unit"]
         self.names = workspace.constraint_names if assignment.kind in ("constrained", "fixed_weights") else ()
+        self.store = workspace.store or Store(self.folder)
         self.fingerprint = assignment.fingerprint(config)
         self.started = time.time()
         self.first_step: float | None = None
@@ -67,29 +79,30 @@ class _Trial:
         problem = self._problem()
         reply = self._begin(train, problem)
         multipliers = torch.tensor(reply.multipliers, dtype=torch.float32, device=workspace.device)
+        detector = self._detector(train)
         streams = workspace.streams(self.method, self.optimizer, config["seed"])
         tensors = {name: samples for name, (samples, _) in self.method.streams().items()}
         shards = list(streams.shards_of(workspace.rank, workspace.world_size))
         sums = StreamSums(1 + len(self.names), workspace.device)
         interval = config["dual"]["primal_steps_per_dual_step"]
         steps = 0 if formulation.starts_optimal and not self.names and not self.is_base else self.optimizer["steps"]
-        status, grad_norm = "completed", 0.0
+        status, reason, grad_norm = "completed", None, train.extra.get("grad_norm", 0.0)
         trained.train()
         while train.primal_step < steps:
             if self.method.trains:
-                batch = make_batch(
-                    tensors, streams.draw(train.primal_step, shards), streams.batch_sizes, workspace.device
-                )
+                draws = streams.draw(train.primal_step, shards)
+                batch = make_batch(tensors, draws, streams.batch_sizes, workspace.device)
                 self.first_step = self.first_step or time.time()
-                norm = primal_step(
-                    train,
-                    self.method,
-                    batch,
-                    multipliers,
-                    accelerator=workspace.accelerator,
-                    grad_clip=self.optimizer["grad_clip"],
-                    sums=sums,
-                )
+                with self._named_batch(train, draws, streams.sizes, shards):
+                    norm = primal_step(
+                        train,
+                        self.method,
+                        batch,
+                        multipliers,
+                        accelerator=workspace.accelerator,
+                        grad_clip=self.optimizer["grad_clip"],
+                        sums=sums,
+                    )
                 if math.isfinite(norm):  # an fp16 update that the scaler skipped has none
                     grad_norm = norm
             else:  # dual-only: a primal step is the exact minimiser at these multipliers, nothing to update
@@ -97,15 +110,23 @@ class _Trial:
                 train.primal_step += 1
             if train.primal_step % interval:
                 continue
-            measurement = self._measure(train, sums, shards, problem, reply, multipliers, grad_norm)
+            with self._named_dual_step(train, shards, interval):
+                measurement = self._measure(train, sums, shards, problem, reply, multipliers, grad_norm)
+                reply = self._agree(
+                    lambda m=measurement: self.dual.report(
+                        self.assignment.trial_id, self.assignment.attempt, train.dual_step + 1, m
+                    )
+                )
             sums.reset()
             train.dual_step += 1
-            reply = self._agree(
-                lambda m=measurement: self.dual.report(
-                    self.assignment.trial_id, self.assignment.attempt, train.dual_step, m
-                )
-            )
+            train.extra["grad_norm"] = grad_norm
             multipliers.copy_(torch.tensor(reply.multipliers, dtype=torch.float32))
+            if detector is not None:
+                reason = detector.see(measurement["objective"], reply.multipliers)
+                train.extra["runaway"] = detector.state
+            if reason is not None:
+                status, reason = "diverged", f"diverged at dual step {train.dual_step}: {reason}"
+                break
             if reply.directive == "interrupt" or train.dual_step % config["checkpoint_every_dual_steps"] == 0:
                 self._checkpoint(train, reply)
             if reply.directive == "interrupt":
@@ -114,9 +135,9 @@ class _Trial:
                 status = "stopped"
                 break
         if self.is_base:
-            return self._finish_base(train)
-        if status == "stopped":  # the slot is wanted for the next point: no evaluation, no claim
-            return self._summary(train, problem, reply, status)
+            return self._finish_base(train, reason)
+        if status != "completed":  # the slot is wanted for the next point: no evaluation, no claim
+            return self._summary(train, problem, reply, status, reason)
         return self._finish(train, problem, reply)
 
     # -- the problem ---------------------------------------------------------------------------------------------
@@ -155,11 +176,14 @@ class _Trial:
     def _begin(self, train: TrainState, problem: Problem) -> Reply:
         """Restore the newest whole checkpoint if there is one, and tell the dual side where this attempt starts."""
         dual_state = None
-        checkpoint = newest_checkpoint(self.folder, self.fingerprint)
+        checkpoint, passed = find_checkpoint(self.folder, self.fingerprint, self.store)
         if checkpoint is not None:
             dual_state = train.restore(checkpoint, fingerprint=self.fingerprint)
+        self.workspace.accelerator.wait_for_everyone()  # the others may still read what is removed now
+        if self.workspace.rank == 0:
+            tidy(self.folder, self.store, passed)
         rule, start = self._rule()
-        return self._agree(
+        reply = self._agree(
             lambda: self.dual.begin(
                 self.assignment.trial_id,
                 self.assignment.attempt,
@@ -169,14 +193,82 @@ class _Trial:
                 dual_state=dual_state,
             )
         )
+        if self.workspace.rank == 0:
+            for _, error in passed:
+                text = f"{error}; removed, and gone on from {checkpoint.name}"
+                self.dual.note(self.assignment.trial_id, self.assignment.attempt, text)
+        return reply
 
     def _agree(self, call: Callable[[], Reply]) -> Reply:
-        """Rank 0 asks, every rank gets the answer."""
+        """Rank 0 asks, every rank gets the answer; a refusal is one too, or the others would wait for it for ever."""
         if self.workspace.world_size == 1:
             return call()
-        answer = [call() if self.workspace.rank == 0 else None]
+        answer: list[Any] = [None]
+        if self.workspace.rank == 0:
+            try:
+                answer = [call()]
+            except Exception as error:
+                refusal = error if isinstance(error, NonFiniteError) else RuntimeError(f"rank 0: {error!r}")
+                broadcast_object_list([refusal], from_process=0)
+                raise
         broadcast_object_list(answer, from_process=0)
+        if isinstance(answer[0], Exception):
+            raise answer[0]
         return answer[0]
+
+    # -- numbers ---------------------------------------------------------------------------------------------------
+
+    def _detector(self, train: TrainState) -> RunawayDetector | None:
+        limits = self.workspace.config["divergence"]
+        if limits["factor"] is None:
+            return None
+        return RunawayDetector(self.names, **limits, state=train.extra.get("runaway"))
+
+    @contextmanager
+    def _named_batch(
+        self, train: TrainState, draws: Mapping[str, Draw], sizes: Mapping[str, int], shards: list[int]
+    ) -> Iterator[None]:
+        """A number that is not finite is told with the draws it came from, and they are written to the trial's folder."""
+        try:
+            yield
+        except NonFiniteError as error:
+            agreed, rank = isinstance(error, BatchNonFiniteError), self.workspace.rank
+            rows = error.rows if isinstance(error, BatchNonFiniteError) else {}
+            here = error.here if isinstance(error, BatchNonFiniteError) else True
+            found = [(not here, str(error), drawn_part(draws, sizes, rows, rank=rank, shards=shards))]
+            if agreed and self.workspace.world_size > 1:  # else the others are somewhere inside the step
+                found = gather_object(found)
+            text = min(found, key=lambda one: one[0])[1]
+            parts = [part for _, _, part in found]
+            address = {"primal_step": train.primal_step + 1, "stream_step": train.primal_step}
+            path = self._keep(text, together=agreed, **address, workers=parts)
+            named = "" if agreed else f" in primal step {train.primal_step + 1}"
+            raise NonFiniteError(
+                f"{text}{named}; {told(parts)} (seed {self.workspace.config['seed']}, stream step {train.primal_step}); "
+                f"the whole batch is in {path}"
+            ) from error
+
+    @contextmanager
+    def _named_dual_step(self, train: TrainState, shards: list[int], interval: int) -> Iterator[None]:
+        """The same for what a dual step measured; the address of its draws is the dual step and the shards."""
+        try:
+            yield
+        except NonFiniteError as error:
+            steps = [train.primal_step - interval + 1, train.primal_step]
+            address = {"dual_step": train.dual_step + 1, "primal_steps": steps, "draws_counter": train.dual_step}
+            path = self._keep(str(error), together=False, **address, shards=shards)
+            raise NonFiniteError(
+                f"{error}; measured at dual step {train.dual_step + 1} after the primal steps {steps[0]} to {steps[1]} "
+                f"(seed {self.workspace.config['seed']}, draws {train.dual_step} of shards {shards}); kept in {path}"
+            ) from error
+
+    def _keep(self, text: str, *, together: bool, **what: Any) -> Path:
+        """Write the report, rank 0 for all of them where they are `together`, and return its path."""
+        path = report_path(self.folder, self.assignment.attempt, 0 if together else self.workspace.rank)
+        if not together or self.workspace.rank == 0:
+            address = {"attempt": self.assignment.attempt, "seed": self.workspace.config["seed"]}
+            write_report(path, {"error": text, **address, **what})
+        return path
 
     # -- dual steps ----------------------------------------------------------------------------------------------
 
@@ -239,35 +331,37 @@ class _Trial:
 
     def _checkpoint(self, train: TrainState, reply: Reply) -> None:
         if self.workspace.rank == 0:
-            folder = self.folder / "checkpoints" / f"step-{train.dual_step:06d}"
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            train.save(folder, dual_state=reply.dual_state, fingerprint=self.fingerprint)
-            for old in sorted(folder.parent.glob("step-??????"))[:-KEPT_CHECKPOINTS]:
-                shutil.rmtree(old, ignore_errors=True)
+            folder = save_checkpoint(
+                train, self.folder, self.store, dual_state=reply.dual_state, fingerprint=self.fingerprint
+            )
             self.dual.checkpointed(self.assignment.trial_id, self.assignment.attempt, train.dual_step, str(folder))
         self.workspace.accelerator.wait_for_everyone()
 
     # -- the end -------------------------------------------------------------------------------------------------
 
-    def _finish_base(self, train: TrainState) -> dict[str, Any] | None:
-        workspace = self.workspace
+    def _finish_base(self, train: TrainState, reason: str | None) -> dict[str, Any] | None:
+        workspace, sound = self.workspace, reason is None
         result = None
         if workspace.rank == 0:
             ema = workspace.modules()[1]
-            write_base(self.folder, lambda folder: save_model(ema, workspace.schedule, folder), workspace.data)
-            workspace.load_base(self.folder)
+            if sound:
+                write_base(self.folder, lambda folder: save_model(ema, workspace.schedule, folder), workspace.data)
+                push_base(self.folder, self.store)
+                workspace.load_base(self.folder)
+                self.store.remove(self.folder / "checkpoints")
+                shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
             result = {
                 "trial_id": self.assignment.trial_id,
                 "label": self.assignment.label,
                 "kind": "base",
-                "status": "completed",
-                "error": None,
+                "status": "completed" if sound else "diverged",
+                "error": reason,
+                "reason": reason,
                 "primal_steps": train.primal_step,
                 "dual_steps": train.dual_step,
                 "wall_seconds": time.time() - self.started,
-                "calibration": workspace.calibration,
+                "calibration": workspace.calibration if sound else None,
             }
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         workspace.accelerator.wait_for_everyone()
         return result
 
@@ -277,16 +371,19 @@ class _Trial:
             result = evaluate_trial(
                 self.workspace,
                 self.method,
-                self._summary(train, problem, reply, "completed"),
+                self._summary(train, problem, reply, "completed", None),
                 problem,
                 reply,
                 self._rows(),
                 self.folder,
             )
+            push_trial(self.folder, self.store)
         self.workspace.accelerator.wait_for_everyone()
         return result
 
-    def _summary(self, train: TrainState, problem: Problem, reply: Reply, status: str) -> dict[str, Any]:
+    def _summary(
+        self, train: TrainState, problem: Problem, reply: Reply, status: str, reason: str | None
+    ) -> dict[str, Any]:
         begun = self.first_step and self.assignment.handed_over
         return trial_summary(
             self.workspace,
@@ -295,6 +392,7 @@ class _Trial:
             problem,
             reply,
             status=status,
+            reason=reason,
             averaged=averaged_multipliers(self.names, self._rows()),
             primal_steps=train.primal_step,
             dual_steps=train.dual_step,
@@ -304,21 +402,3 @@ class _Trial:
 
     def _rows(self) -> list[dict[str, Any]]:
         return self.dual.trace(self.assignment.trial_id) if self.workspace.rank == 0 else []
-
-
-def newest_checkpoint(folder: Path, fingerprint: str | None) -> Path | None:
-    """The newest checkpoint that is whole; a damaged one is passed over for the one before, and refused if it is the last.
-
-    Raises: CheckpointError when checkpoints exist but none can be used.
-    """
-    problem: CheckpointError | None = None
-    for candidate in sorted((folder / "checkpoints").glob("step-??????"), reverse=True):
-        try:
-            read_checkpoint_meta(candidate, fingerprint=fingerprint)
-        except CheckpointError as error:
-            problem = problem or error
-        else:
-            return candidate
-    if problem is not None:
-        raise problem
-    return None

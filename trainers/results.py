@@ -17,6 +17,7 @@ from dualsweep.trainers.evaluate import EVALUATION_COUNTER
 from dualsweep.trainers.methods import METHODS, Method
 from dualsweep.trainers.metrics import Measurement
 from dualsweep.trainers.samplers import starting_noise
+from dualsweep.trainers.store import Store, writing_to
 from dualsweep.trainers.workspace import Workspace, write_atomically, write_json
 
 DENSITY_CELLS = 161
@@ -36,6 +37,7 @@ def trial_summary(
     reply: Reply,
     *,
     status: str,
+    reason: str | None,
     averaged: dict[str, float],
     **counts: Any,
 ) -> dict[str, Any]:
@@ -50,7 +52,8 @@ def trial_summary(
         "label": assignment.label,
         "kind": assignment.kind,
         "status": status,
-        "error": None,
+        "error": reason,
+        "reason": reason,
         "method": workspace.config["method"],
         "unit": workspace.config["thresholds"]["unit"],
         "thresholds": assignment.thresholds,
@@ -153,9 +156,10 @@ def evaluate_trial(
         ).to_dict()
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "model", lambda part: judge.save(ema, multipliers, part))
-    np.save(folder / "samples.npy", samples[: _kept_samples(data, evaluation)].astype(np.float32))
-    if objective.errors is not None:
-        np.save(folder / "held_out_errors.npy", objective.errors)
+    with writing_to(folder):
+        np.save(folder / "samples.npy", samples[: _kept_samples(data, evaluation)].astype(np.float32))
+        if objective.errors is not None:
+            np.save(folder / "held_out_errors.npy", objective.errors)
     exact = method.exact(problem.constraints, config["dual"]) if summary["kind"] == "constrained" else None
     if exact is not None and exact.log_density is not None and data.sample_shape == (2,):
         np.savez(folder / "exact_density.npz", **density_on_grid(exact.log_density, samples))
@@ -234,3 +238,17 @@ def write_base(folder: Path, save: Callable[[Path], None], data: ConstrainedData
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "model", save)
     write_json(folder / "base.json", {"data": data.fingerprint})
+
+
+def push_base(folder: Path, store: Store) -> None:
+    """To a remote store, in the order of `write_base`."""
+    store.push(folder / "model")
+    store.push(folder / "base.json")
+
+
+def push_trial(folder: Path, store: Store) -> None:
+    """What a trial leaves, to a remote store; result.json and the trace are the driver's."""
+    if store.uri is not None:
+        for name in ("model", "samples.npy", "held_out_errors.npy", "exact_density.npz"):
+            if (folder / name).exists():
+                store.push(folder / name)

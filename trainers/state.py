@@ -13,6 +13,8 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dualsweep.trainers.store import writing_to
+
 CHECKPOINT_VERSION = 1
 
 
@@ -84,10 +86,17 @@ class TrainState:
         Args:
             dual_state: the DualServer's state at this dual step, stored for the rewind on restore.
             fingerprint: identity of the trial (config and thresholds); a checkpoint of another trial is refused.
+        Raises: StorageError when it cannot be written; nothing is left of it then.
         """
         part = folder.with_name(folder.name + f".part{os.getpid()}")
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        with writing_to(folder, part):
+            part.mkdir(parents=True)
+            self._write(part, dual_state, fingerprint)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(part, folder)
+
+    def _write(self, part: Path, dual_state: dict[str, Any] | None, fingerprint: str) -> None:
         save_file(self.tensors(), part / "tensors.safetensors")
         meta = {
             "version": CHECKPOINT_VERSION,
@@ -105,8 +114,6 @@ class TrainState:
         for name in ("tensors.safetensors", "state.json"):
             with open(part / name, "rb") as written:
                 os.fsync(written.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
 
     def restore(self, folder: Path, *, fingerprint: str) -> dict[str, Any] | None:
         """Load a checkpoint in place.

@@ -15,6 +15,7 @@ from dualsweep.datasets import DatasetSpec
 from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.dual_client import DualClient
 from dualsweep.trainers.loop import run_trial
+from dualsweep.trainers.store import Store
 from dualsweep.trainers.workspace import Workspace
 
 
@@ -35,6 +36,7 @@ def serve(
     data_spec: DatasetSpec,
     *,
     num_threads: int,
+    store: Store | None = None,
 ) -> None:
     """Train assignments until the slot is closed; called by every worker of a group, or in-process without Ray Train.
 
@@ -44,7 +46,7 @@ def serve(
     ends instead, and is restarted by Ray Train; whichever rank raised first has said why, the server drops what follows.
     """
     torch.set_num_threads(num_threads)
-    workspace = Workspace(config, data_spec)
+    workspace = Workspace(config, data_spec, store)
     finished = None
     while True:
         given = [server.lease(slot, finished, workspace.world_size) if workspace.rank == 0 else None]
@@ -64,7 +66,7 @@ def serve(
                 raise
             finished = None if bad else assignment.trial_id
             if bad:
-                workspace = Workspace(config, data_spec)
+                workspace = Workspace(config, data_spec, store)
         else:
             if workspace.rank == 0:
                 status = result["status"] if result is not None else "interrupted"

@@ -23,6 +23,7 @@ from dualsweep.trainers.labellers import Labeller, evaluation_labeller, training
 from dualsweep.trainers.methods import METHODS, Method, Setting
 from dualsweep.trainers.models import Denoiser, build_denoiser, load_model
 from dualsweep.trainers.noise_schedule import NoiseSchedule
+from dualsweep.trainers.store import Store, writing_to
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -30,11 +31,12 @@ PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 class Workspace:
     """Caches of one worker process for one sweep; `config` is the sweep's resolved config as a dictionary."""
 
-    def __init__(self, config: dict[str, Any], data_spec: DatasetSpec) -> None:
+    def __init__(self, config: dict[str, Any], data_spec: DatasetSpec, store: Store | None = None) -> None:
         precision = config["primal"]["precision"]
         if precision == "fp16" and not torch.cuda.is_available():
             precision = "fp32"  # preflight refused a mixed setting already; the CPU has no fp16 scaler
         self.config = config
+        self.store = store  # None: all paths are the storage itself
         self.accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
         self.schedule = NoiseSchedule(**config["schedule"], clip_sample=config["data"]["dataset"] != "gaussian_mixture")
@@ -110,6 +112,9 @@ class Workspace:
         Raises: ValueError when it was trained on other data than there is now.
         """
         if self._base is None:
+            if self.store is not None:
+                self.store.fetch(folder / "model")
+                self.store.fetch_files(folder)
             if read_json(folder / "base.json")["data"] != self.data.fingerprint:
                 raise ValueError(f"{folder}: trained on other data than there is now; remove the folder")
             self._base = self._to_device(load_model(folder / "model")).requires_grad_(False).eval()
@@ -139,6 +144,8 @@ class Workspace:
                         f"calibration of the pretrained model is not finite: {values}; look at the data"
                     )
                 write_json(path, {"unit": parts["unit"], **values})
+                if self.store is not None:
+                    self.store.push(path)
             self._calibration = read_json(path)
         return self._calibration
 
@@ -209,15 +216,18 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Raises: StorageError when it cannot be written; the file it would have replaced is whole then."""
     part = path.with_name(path.name + f".part{os.getpid()}")
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(part, path)
+    with writing_to(path, part):
+        part.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        os.replace(part, path)
 
 
 def write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder beside its place and move it there, so that it is whole or absent."""
+    """Fill a folder beside its place and move it there, so that it is whole or absent. Raises: StorageError."""
     part = folder.with_name(folder.name + f".part{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
-    write(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    with writing_to(folder, part):
+        write(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dualsweep.datasets import Streams
-from dualsweep.trainers.loop import newest_checkpoint
+from dualsweep.trainers.checkpoints import newest_checkpoint
 from dualsweep.trainers.methods.base import Batch
 from dualsweep.trainers.methods.fairness import Fairness
 from dualsweep.trainers.models import Denoiser, MLPDenoiser
