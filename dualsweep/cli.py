@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dualsweep import __version__
+from dualsweep.orchestration.interrupts import LastingStream
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,8 +22,8 @@ app = typer.Typer(
     help="Threshold sweeps of constrained diffusion training.",
 )
 # Bound to the streams of now: while Tune runs, sys.stdout is redirected to the sweep's log.
-console = Console(file=sys.stdout)
-errors = Console(file=sys.stderr)
+console = Console(file=LastingStream(sys.stdout))
+errors = Console(file=LastingStream(sys.stderr))
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="FILE", help="A sweep's YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -124,12 +125,16 @@ def report(
 
 @app.command()
 def sync(name: Name, storage: Storage = None) -> None:
-    """Deliver to MLflow what it has not got yet, from the sweep's folder; each row once."""
-    from dualsweep.orchestration.status import deliver_again
+    """Deliver to MLflow what it has not got yet, from the sweep's folder; each row once. Exit code 1: not everything."""
+    from dualsweep.orchestration.delivery import deliver_again
 
-    left = deliver_again(_root(storage), name)
-    console.print("everything is in MLflow" if not left else f"{left} items could not be delivered; is the server up?")
-    raise typer.Exit(1 if left else 0)
+    done = deliver_again(_root(storage), name)
+    if done.delivered:
+        console.print("delivered: " + ", ".join(f"{count} {kind}" for kind, count in done.delivered.items()))
+    elif not done.undelivered:
+        console.print("nothing to deliver: MLflow has everything")
+    _say_undelivered(name, done.undelivered)
+    raise typer.Exit(1 if done.undelivered else 0)
 
 
 @app.command()
@@ -187,11 +192,7 @@ def _finish(outcome) -> None:
     console.print(f"mlflow   mlflow ui --backend-store-uri {outcome.tracking_uri}", highlight=False, soft_wrap=True)
     for label, error in outcome.failed.items():
         errors.print(f"[red]failed[/]   {escape(f'{label}: {error}')}", highlight=False, soft_wrap=True)
-    if outcome.undelivered:
-        errors.print(
-            f"MLflow has not got {outcome.undelivered} items; `dualsweep sync {outcome.folder.name}` delivers them",
-            highlight=False,
-        )
+    _say_undelivered(outcome.folder.name, outcome.undelivered)
     if outcome.held.cpus or outcome.held.placement_groups:
         errors.print(
             f"Ray still holds {outcome.held.cpus:g} CPUs and {outcome.held.placement_groups} placement groups of this sweep",
@@ -200,6 +201,20 @@ def _finish(outcome) -> None:
     if outcome.status == "interrupted":
         console.print(f"interrupted; `dualsweep resume {outcome.folder.name}` goes on", highlight=False)
     raise typer.Exit(outcome.exit_code)
+
+
+def _say_undelivered(name: str, undelivered: list) -> None:
+    """What MLflow has not got, a line a trial with the last error, and the command that delivers it."""
+    owners: dict[str | None, list] = {}
+    for item in undelivered:
+        owners.setdefault(item.trial_id, []).append(item)
+    for trial_id, items in owners.items():
+        owner = "the sweep" if trial_id is None else f"trial {trial_id}"
+        what = ", ".join(f"{item.count} rows" if item.what == "rows" else item.what for item in items)
+        error = next((item.error for item in items if item.error), "not tried yet")
+        errors.print(f"MLflow has not got {what} of {owner} ({error})", highlight=False, markup=False, soft_wrap=True)
+    if undelivered:
+        errors.print(f"`dualsweep sync {name}` delivers it when MLflow is back", highlight=False, soft_wrap=True)
 
 
 def _closing_table(rows: list[dict]) -> Table:

@@ -8,9 +8,11 @@ Opening begins a new epoch whose object 0 holds all records so far. A replay rea
 writer (an actor thought dead on a node that lost its network) still writes counts for nothing.
 """
 
+import fcntl
 import io
 import json
 import os
+import time
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator
@@ -23,18 +25,26 @@ from dualsweep.trainers.store import Store, local_trouble
 EPOCH_OBJECTS = 1000
 
 
+PREDECESSOR_S = 60.0  # the actors of a driver that was killed live, train and write for some seconds more
+
+
 class JournalError(ValueError):
-    """A journal is damaged in the middle."""
+    """A journal is damaged in the middle, or another process goes on writing it."""
 
 
 class Journal:
-    """One open journal file. Opening it replays and, if needed, cuts a torn tail off."""
+    """One open journal file. Opening it replays and, if needed, cuts a torn tail off.
+
+    It has one writer at a time: the file is locked before it is read, so that nothing a writer before us still
+    answered is missed. Raises: JournalError when that one does not end within `PREDECESSOR_S`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.records, whole = _read(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (lives as long as the journal)
+        _lock(self._file, path)
+        self.records, whole = _read(path)
         if self._file.tell() > whole:
             self._file.truncate(whole)
             self._file.seek(whole)
@@ -177,6 +187,25 @@ def _lines(content: bytes) -> Iterator[tuple[bytes, int]]:
     for line in io.BytesIO(content):  # unlike splitlines, ends lines at \n alone
         end += len(line)
         yield line, end
+
+
+def _lock(file: Any, path: Path) -> None:
+    """Wait for the only right to write; the kernel takes it back when the process ends, however it ends."""
+    deadline = time.monotonic() + PREDECESSOR_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                raise JournalError(
+                    f"{path}: another process has been writing it for {PREDECESSOR_S:g} s; end what runs this sweep"
+                ) from None
+        except OSError:  # a mounted bucket knows no locks; the attempt numbers are left as the fence
+            return
+        else:
+            return
+        time.sleep(0.05)
 
 
 def _sync_folder(folder: Path) -> None:

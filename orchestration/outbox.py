@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LINGER_SECONDS = 1.0  # rows wait this long for company: a metric in a full batch costs 1/30 of a single one
-ATTEMPTS = 5  # tries of one item against a server that answers; a server that does not answer is waited for
+ATTEMPTS = 5  # tries against a server that answers, until others go first; one that does not answer is waited for
 LONGEST_PAUSE = 30.0  # seconds between two tries
-MAX_BUFFERED_ROWS = 200_000  # more are left to the trace file, which delivers them when the trial ends
+PATIENCE = 15.0  # seconds a flush goes on while every try fails
 
 
 class GiveUp(Exception):
@@ -36,13 +36,17 @@ class Undelivered:
 
 @dataclass(kw_only=True, eq=False)
 class Item:
-    """One delivery: what of which trial (None: the sweep), how, and how often it was tried; `rows` may grow while queued."""
+    """One delivery: what of which trial (None: the sweep), how, and how often it was tried; `rows` may grow while queued.
+
+    The rows are the caller's own and he keeps them anyway, so a queue of any length costs hardly any memory.
+    """
 
     what: str
     trial_id: str | None
     deliver: Callable[[], None] = lambda: None
     rows: list[dict[str, Any]] = field(default_factory=list)
     born: float = field(default_factory=time.monotonic)
+    not_before: float = 0.0  # on the monotonic clock: an item that was set aside lets the others go first until then
     attempts: int = 0  # tries that a server answered
     failures: int = 0  # all of them
     error: str = ""
@@ -53,7 +57,11 @@ class Item:
 
 
 class Outbox:
-    """Delivers items in order from one daemon thread; `answers()` says whether the other side is there at all."""
+    """Delivers items in order from one daemon thread; `answers()` says whether the other side is there at all.
+
+    An item leaves the queue when it is delivered, or when no try could ever succeed. A server that is away holds up
+    the queue; an item that a working server refuses `ATTEMPTS` times is set aside and tried again after the others.
+    """
 
     def __init__(self, answers: Callable[[], bool]) -> None:
         self._answers = answers
@@ -62,6 +70,7 @@ class Outbox:
         self._lost: list[Undelivered] = []
         self._collecting: dict[str | None, Item] = {}  # queued rows that later rows of the trial may join
         self._flushing, self._closing = 0, False
+        self._failing = False  # nothing was delivered since the last failure
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()  # ends a pause between two tries
 
@@ -71,8 +80,6 @@ class Outbox:
             waiting = self._collecting.get(item.trial_id) if item.what == "rows" else None
             if self._closing:
                 item.error = "the tracker is closed"
-            elif item.what == "rows" and sum(len(other.rows) for other in self._queue) > MAX_BUFFERED_ROWS:
-                item.error = "the buffer is full; trace.parquet still holds them"
             if item.error:
                 self._lost.append(item.undelivered())
             elif waiting is not None:
@@ -91,48 +98,52 @@ class Outbox:
         with self._changed:
             return [*self._lost, *(item.undelivered() for item in self._queue)]
 
-    def take_lost_rows(self, trial_id: str) -> list[Undelivered]:
-        """The rows of a trial that were given up, no longer counted as lost."""
-        with self._changed:
-            taken = [lost for lost in self._lost if (lost.what, lost.trial_id) == ("rows", trial_id)]
-            self._lost = [lost for lost in self._lost if lost not in taken]
-            return taken
-
-    def give_back(self, lost: list[Undelivered]) -> None:
-        with self._changed:
-            self._lost.extend(lost)
-
     def flush(self, timeout: float) -> int:
+        """Wait for the queue to empty, at most `timeout` seconds, or `PATIENCE` while nothing gets through.
+
+        Returns: the items left, each row counting one.
+        """
+        begin = time.monotonic()
         self._hurry.set()
         with self._changed:
             self._flushing += 1
+            for item in self._queue:
+                item.not_before = 0.0
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._queue, timeout)
+            while self._queue:
+                waited = time.monotonic() - begin
+                if waited >= timeout or (self._failing and waited >= PATIENCE):
+                    break
+                self._changed.wait(min(timeout - waited, 1.0))
             self._flushing -= 1
         return sum(item.count for item in self.undelivered())
 
     def close(self, timeout: float) -> int:
         deadline = time.monotonic() + timeout
-        self.flush(timeout)
+        left = self.flush(timeout)
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._hurry.set()
         if self._thread is not None:
-            self._thread.join(max(deadline - time.monotonic(), 0.5))
+            # With items left it hangs in a request that nobody waits for any more.
+            self._thread.join(0.5 if left else max(deadline - time.monotonic(), 0.5))
         return sum(item.count for item in self.undelivered())
 
     def _next(self) -> Item | None:
         with self._changed:
             while not self._closing:
-                if self._queue:
-                    item = self._queue[0]
-                    linger = item.born + LINGER_SECONDS - time.monotonic()
+                now = time.monotonic()
+                item = next((item for item in self._queue if item.not_before <= now), None)
+                if item is not None:
+                    linger = item.born + LINGER_SECONDS - now
                     if item.what != "rows" or self._flushing or linger <= 0:
                         if self._collecting.get(item.trial_id) is item:
                             del self._collecting[item.trial_id]
                         return item
                     self._changed.wait(linger)
+                elif self._queue:
+                    self._changed.wait(min(item.not_before for item in self._queue) - now)
                 else:
                     self._changed.wait()
             return None
@@ -143,19 +154,45 @@ class Outbox:
                 item.deliver()
             except Exception as error:  # noqa: BLE001 - nothing may reach the sweep; it is recorded in the item
                 item.error = f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
-                item.attempts += ATTEMPTS if _is_final(error) else int(self._answers())
                 item.failures += 1
-                if item.attempts < ATTEMPTS:
-                    # While someone waits for a flush, a server that is back must be noticed soon.
-                    pause = min(0.25 * 2 ** min(item.failures, 10), 1.0 if self._flushing else LONGEST_PAUSE)
-                    self._hurry.wait(pause)
-                    self._hurry.clear()
+                self._failing = True
+                if _is_final(error):
+                    self._remove(item, lost=True)
                     continue
-            with self._changed:
-                self._queue.popleft()
+                item.attempts += int(self._answers())
                 if item.attempts >= ATTEMPTS:
-                    self._lost.append(item.undelivered())
-                self._changed.notify_all()
+                    self._set_aside(item)
+                    continue
+                # While someone waits for a flush, a server that is back must be noticed soon.
+                self._hurry.wait(min(0.25 * 2 ** min(item.failures, 10), self._pause()))
+                self._hurry.clear()
+            else:
+                self._failing = False
+                self._remove(item, lost=False)
+
+    def _pause(self) -> float:
+        return 1.0 if self._flushing else LONGEST_PAUSE
+
+    def _remove(self, item: Item, *, lost: bool) -> None:
+        with self._changed:
+            self._queue.remove(item)
+            if lost:
+                self._lost.append(item.undelivered())
+            self._changed.notify_all()
+
+    def _set_aside(self, item: Item) -> None:
+        """To the end of the queue. A trial's rows stay in their order: later ones join these."""
+        with self._changed:
+            self._queue.remove(item)
+            item.attempts, item.not_before = 0, time.monotonic() + self._pause()
+            if item.what == "rows":
+                later = [other for other in self._queue if (other.what, other.trial_id) == ("rows", item.trial_id)]
+                for other in later:
+                    item.rows.extend(other.rows)
+                    self._queue.remove(other)
+                self._collecting[item.trial_id] = item
+            self._queue.append(item)
+            self._changed.notify_all()
 
 
 def _is_final(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""What can be said of sweeps from their folders, running or not: status, report, delivery to MLflow."""
+"""What can be said of sweeps from their folders, running or not: status and report."""
 
 import json
 import time
@@ -10,13 +10,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from dualsweep.orchestration.config import ConfigError
-from dualsweep.orchestration.dual_ledger import FINAL, DualLedger
-from dualsweep.orchestration.dual_server import BASE_TRIAL, watched
-from dualsweep.orchestration.journal import JournalError, read_journal
+from dualsweep.orchestration.delivery import point_of, read_ledger
+from dualsweep.orchestration.dual_ledger import FINAL
+from dualsweep.orchestration.dual_server import watched
+from dualsweep.orchestration.journal import JournalError
 from dualsweep.orchestration.live import trial_table
 from dualsweep.orchestration.report import write_report
 from dualsweep.orchestration.sweep import is_running, stored_config
-from dualsweep.orchestration.tracking import Tracker, resolve_tracking_uri, sync_sweep
+from dualsweep.orchestration.tracking import Tracker, resolve_tracking_uri
 from dualsweep.orchestration.units import calibration_text, unit_of_config
 from dualsweep.orchestration.watch import TrialView
 
@@ -27,20 +28,14 @@ def trial_views(root: Path, name: str) -> list[TrialView]:
     """Every trial of a sweep, rebuilt from its journal. Raises: ConfigError for an unknown sweep or a damaged journal."""
     config = stored_config(name, root)
     folder = root / name
-    ledger = DualLedger()
     try:
-        for record in read_journal(folder / "journal.jsonl"):
-            ledger.apply(record)
+        ledger = read_ledger(folder)
         points = json.loads((folder / "points.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, JournalError) as error:
         raise ConfigError(f"sweep {name!r}: {error}") from None
     known = {point["trial_id"]: point for point in points}
     for trial_id in ledger.trials:
-        label = "pretrained model" if trial_id == BASE_TRIAL else trial_id
-        kind = "base" if trial_id == BASE_TRIAL else "constrained"
-        known.setdefault(
-            trial_id, {"trial_id": trial_id, "label": label, "kind": kind, "thresholds": {}, "fixed_weight": None}
-        )
+        known.setdefault(trial_id, point_of(trial_id, known))
     running, unit = is_running(folder), unit_of_config(config.to_dict())
     views = []
     for trial_id, point in known.items():
@@ -125,13 +120,3 @@ def rewrite_report(root: Path, name: str, *, track: bool) -> Path:
         tracker.finish_sweep(page.parent, sweep_state(trial_views(root, name)))
         tracker.close(DELIVERY_S)
     return page
-
-
-def deliver_again(root: Path, name: str) -> int:
-    """Hand everything in the sweep's folder to MLflow again. Returns: items it still has not got."""
-    config = stored_config(name, root)
-    tracker = Tracker(
-        resolve_tracking_uri(config.tracking.uri, root), config.experiment, name, sweep_id=str(root / name)
-    )
-    sync_sweep(root / name, tracker)
-    return tracker.close(DELIVERY_S)

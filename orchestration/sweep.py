@@ -5,10 +5,10 @@ import fcntl
 import json
 import logging
 import os
-import signal
-import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,23 @@ from dualsweep.orchestration.cluster import (
 )
 from dualsweep.orchestration.config import ConfigError, SweepConfig, read_fields
 from dualsweep.orchestration.dual_ledger import FINAL
-from dualsweep.orchestration.dual_server import BASE_TRIAL, start_dual_server
+from dualsweep.orchestration.dual_server import BASE_TRIAL, NAMESPACE, RayDual, server_name, start_dual_server
+from dualsweep.orchestration.interrupts import hangup_as_interrupt, hangup_held_back, interruptible
 from dualsweep.orchestration.live import Progress
 from dualsweep.orchestration.points import Halt, build_search, search_settings
 from dualsweep.orchestration.preflight import Plan, preflight
 from dualsweep.orchestration.report import frontier_table, write_report
 from dualsweep.orchestration.schedulers import trial_scheduler
-from dualsweep.orchestration.tracking import Tracker
-from dualsweep.orchestration.watch import Watcher
+from dualsweep.orchestration.tracking import Tracker, Undelivered, check_tracking
+from dualsweep.orchestration.watch import Watcher, sweep_metrics, trial_folder
 from dualsweep.trainers.results import write_base
 from dualsweep.trainers.workspace import write_json
 
 KEPT = ("completed", "stopped", "diverged")  # a resume runs the others (failed, interrupted, waiting) again
 MILESTONES = 20  # results a trial gives to Tune's scheduler
 TRACKING_FLUSH_S = 60.0
+PREDECESSOR_S = 60.0  # how long a resume waits for the actors of a driver that died to go
+LOCK_S = 1.0  # `status` holds the driver's lock for a moment to see whether it is free
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Outcome:
     tracking_uri: str
     failed: dict[str, str]  # label -> last line of its error
     table: list[dict[str, Any]]
-    undelivered: int
+    undelivered: list[Undelivered]
     held: Held
 
     @property
@@ -74,15 +77,20 @@ def run_sweep(
     """
     console = console or Console()
     found = cluster_address(address)
-    plan = preflight(config, resume=resume, on_cluster=found is not None)
-    quiet_environment()
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.compute.placement_timeout_s))
-    leave_repository_root()
-    with console.status("starting Ray"):
-        info = start_ray(address=found or "local")
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hangup_as_interrupt())
+        plan = preflight(config, resume=resume, on_cluster=found is not None)
+        if resume:  # before anything starts; a new sweep has no folder to lock yet
+            stack.enter_context(driver_lock(plan.folder, "wait for it or interrupt it"))
+            _say_if_away(plan.tracking_uri, console)
+        quiet_environment()
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.compute.placement_timeout_s))
+        leave_repository_root()
+        stack.callback(stop_ray)
+        with console.status("starting Ray"), hangup_held_back():
+            info = start_ray(address=found or "local")
         slots = slots_for(config.compute, info)
-        with _locked(plan.folder):
+        with contextlib.nullcontext() if resume else driver_lock(plan.folder, "wait for it or interrupt it"):
             _write_plan(plan)
             where = f"{info.nodes} node{'s' * (info.nodes != 1)}, {info.cpus:g} CPUs, {info.gpus:g} GPUs"
             console.print(
@@ -90,15 +98,21 @@ def run_sweep(
             )
             console.print(f"  folder   {plan.folder}\n  tracking {plan.tracking_uri}", highlight=False)
             return _run(plan, slots, console)
-    finally:
-        stop_ray()
+
+
+def _say_if_away(tracking_uri: str, console: Console) -> None:
+    """A resume needs no MLflow: it was there when the sweep was started, and what it misses is delivered later."""
+    try:
+        check_tracking(tracking_uri, timeout=8.0)
+    except ValueError as error:
+        console.print(f"going on without MLflow until it is back: {error}", markup=False, highlight=False)
 
 
 def _run(plan: Plan, slots: int, console: Console) -> Outcome:
     config = plan.config
     tracker = Tracker(plan.tracking_uri, config.experiment, config.name, sweep_id=str(plan.folder))
     tracker.start_sweep(config.to_dict(), {"dualsweep.method": config.method}, files=[plan.folder / "sweep.yaml"])
-    server = start_dual_server(plan.folder)
+    server = _start_dual_server(plan.folder)
     finished = {trial_id: seen for trial_id, seen in server.call("snapshot", {}, []).items() if seen["status"] in KEPT}
     todo = [point for point in plan.points if point["trial_id"] not in finished]
     base = _base_point(plan)
@@ -110,7 +124,9 @@ def _run(plan: Plan, slots: int, console: Console) -> Outcome:
     listed = {point["trial_id"] for point in plan.points}
     searched = [seen["result"] for trial_id, seen in finished.items() if trial_id not in listed]
     try:
-        with Progress(watcher, console, title=config.name), _interrupt_handler(halt, watcher, console):
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+        ask = partial(_ask_to_halt, halt, watcher, console)
+        with Progress(watcher, console, title=config.name), interruptible(ask, insist=_stop_at_once):
             try:
                 if todo or config.thresholds.search is not None:
                     failed_fit = _fit(plan, [base, *todo] if base else todo, slots, searched, halt)
@@ -203,15 +219,20 @@ def _conclude(
             failed[view.point["label"]] = failed_fit or f"ended as {view.status}"
     status = "interrupted" if interrupted else "failed" if failed else "completed"
     relate_to_unconstrained(plan.folder)
+    for view in watcher.views.values():
+        folder = trial_folder(plan.folder, view.point)
+        if view.result is not None and folder is not None:
+            restated = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            if restated != view.result:
+                tracker.finish_trial(view.point["trial_id"], restated, folder)
     report = None
     if any((plan.folder / "trials").glob("*/result.json")):
         with console.status("writing the report"):
             report = write_report(plan.folder).index
-    tracker.finish_sweep(
-        report.parent if report else None, status, {"trials": len(watcher.views), "failed_trials": len(failed)}
-    )
+    metrics = sweep_metrics([view.point for view in watcher.views.values()], len(failed))
+    tracker.finish_sweep(report.parent if report else None, status, metrics)
     with console.status("delivering to MLflow"):
-        undelivered = tracker.close(TRACKING_FLUSH_S)
+        tracker.close(TRACKING_FLUSH_S)
     return Outcome(
         status,
         plan.folder,
@@ -219,7 +240,7 @@ def _conclude(
         plan.tracking_uri,
         failed,
         frontier_table(plan.folder) if report else [],
-        undelivered,
+        tracker.undelivered(),
         held,
     )
 
@@ -281,43 +302,60 @@ def stored_config(name: str, storage: Path) -> SweepConfig:
     return SweepConfig.from_dict(read_fields(path), source=str(path))
 
 
-@contextlib.contextmanager
-def _interrupt_handler(halt: Halt, watcher: Watcher, console: Console) -> Iterator[None]:
-    """The first Ctrl-C asks every trial for a checkpoint and ends the sweep when they have it; a second ends it now."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+def _start_dual_server(folder: Path) -> RayDual:
+    """Start the DualServer once that of a driver that died is gone: on a cluster Ray takes some seconds to notice.
 
-    def handle(signum: int, frame: Any) -> None:
-        if halt.requested:
-            raise KeyboardInterrupt
-        halt.requested = True
-        watcher.interrupt()
-        console.print(
-            f"interrupted: saving checkpoints, then `dualsweep resume {watcher.plan.config.name}` goes on (Ctrl-C again to stop at once)",
-            highlight=False,
-        )
+    We hold the driver's lock, so nobody needs the old one; ended by force it might leave a request half answered.
+    """
+    import ray
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One driver a sweep. Raises: ConfigError when another one holds the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "driver.lock", "w", encoding="utf-8") as lock:
+    deadline = time.monotonic() + PREDECESSOR_S
+    while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            ray.get_actor(server_name(folder), namespace=NAMESPACE)
+        except ValueError:
+            return start_dual_server(folder)
+        if time.monotonic() > deadline:
             raise ConfigError(
-                f"name: sweep {folder.name!r} is being run by another process; wait for it or interrupt it"
-            ) from None
+                f"name: sweep {folder.name!r} still has its DualServer on this cluster after {PREDECESSOR_S:g} s, so its "
+                "driver runs on another machine, or Ray has not noticed its end; interrupt it there, or try again"
+            )
+        time.sleep(0.2)
+
+
+def _ask_to_halt(halt: Halt, watcher: Watcher, console: Console) -> bool:
+    """The first Ctrl-C asks every trial for a checkpoint and ends the sweep when they have it. Returns: whether this was it."""
+    if halt.requested:
+        return False
+    halt.requested = True
+    watcher.interrupt()
+    console.print(
+        f"interrupted: saving checkpoints, then `dualsweep resume {watcher.plan.config.name}` goes on (Ctrl-C again to stop at once)",
+        highlight=False,
+    )
+    return True
+
+
+def _stop_at_once() -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def driver_lock(folder: Path, remedy: str) -> Iterator[None]:
+    """One driver a sweep; the lock goes with the process. Raises: ConfigError when another one holds the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + LOCK_S
+    with open(folder / "driver.lock", "a", encoding="utf-8") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"name: sweep {folder.name!r} is being run by another process; {remedy}"
+                    ) from None
+            time.sleep(0.05)
         yield
 
 

@@ -107,7 +107,7 @@ class Tracker:
 
         def deliver() -> None:
             self._describe(None, {"pretrained.unit": unit.name}, {}, reopen=False)
-            self._log_final(None, metrics, {}, step=0, at=now)
+            self._delivered["calibrations"] += self._log_final(None, metrics, {}, step=0, at=now)
 
         self._put("calibration", None, deliver)
 
@@ -168,7 +168,8 @@ class Tracker:
         now = _now()
 
         def deliver() -> None:
-            self._log_final(None, metrics or {}, {"dualsweep.status": status, **(tags or {})}, step=0, at=now)
+            every_tag = {"dualsweep.status": status, **(tags or {})}
+            self._delivered["summaries"] += self._log_final(None, metrics or {}, every_tag, step=0, at=now)
             if report_dir is not None:
                 upload = partial(self._upload_folder, None, report_dir, "report")
                 self._once(None, "report", "reports", _fingerprint(report_dir), upload)
@@ -275,6 +276,8 @@ class Tracker:
         """Remove what a creation left that arrived after all; when nothing is left to deliver of its owner."""
         if trial_id in self._in_doubt:
             run = self._client().get_run(self._run_id(trial_id))
+            if _is_empty(run):
+                return  # not to be told from the other one yet
             keys = ("dualsweep.sweep", "dualsweep.sweep_id", "dualsweep.kind", "dualsweep.trial", "mlflow.parentRunId")
             self._find_run({key: run.data.tags[key] for key in keys if key in run.data.tags})
             self._in_doubt.discard(trial_id)

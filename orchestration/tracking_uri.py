@@ -119,9 +119,9 @@ def mlflow_client(uri: str) -> Any:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the outbox tries again itself; MLflow's 7 would block for minutes
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the outbox tries again itself; MLflow's 7 would block for minutes
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     }.items():
         os.environ.setdefault(name, value)
     for name in ("mlflow.store.db.utils", "alembic", "urllib3.connectionpool"):

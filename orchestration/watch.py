@@ -1,10 +1,12 @@
 """Watches a running sweep from the driver: writes results and traces to the trials' folders, feeds the tracker, and keeps
 what the live table shows. Runs in a thread of its own; the DualServer's journal is the source of all it writes."""
 
+import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dualsweep.constraints import Simplex
@@ -132,49 +134,80 @@ class Watcher:
             return
         if trial_id not in self._tracked:
             self._tracked.add(trial_id)
-            point = view.point
-            params = {"kind": point["kind"], "thresholds": point["thresholds"], "fixed_weight": point["fixed_weight"]}
-            self.tracker.start_trial(
-                trial_id, point["label"], params, {"dualsweep.trial_kind": point["kind"]}, constraints=view.names
-            )
+            show_trial(self.tracker, view.point, view.names, reopen=not view.over)
         rows = self._rows.setdefault(trial_id, [])
         if seen["new_rows"]:
             rows += seen["new_rows"]
             self.tracker.log_rows(trial_id, seen["new_rows"])
         if view.over:
             self._ended.append(trial_id)
-            view.result = seen["result"] or _failed_result(view)
+            view.result = keep_outcome(self.plan.folder, view.point, seen, rows)
             if self.calibration is None and view.result.get("calibration"):
                 self.calibration = view.result["calibration"]
                 self.tracker.log_calibration(self.calibration)
-            if view.point["kind"] == "base":
-                self.tracker.finish_trial(trial_id, view.result, None)
-                return
             view.point["label"] = view.result["label"]
-            folder = self.plan.folder / "trials" / trial_id
-            folder.mkdir(parents=True, exist_ok=True)
-            write_trace(rows, folder / "trace.parquet", constraints=view.names, trial_id=trial_id)
-            write_json(folder / "result.json", view.result)
-            self.tracker.finish_trial(trial_id, view.result, folder)
+            self.tracker.finish_trial(trial_id, view.result, trial_folder(self.plan.folder, view.point))
 
 
-def _failed_result(view: TrialView) -> dict[str, Any]:
-    row = view.row or {}
+def sweep_metrics(points: Sequence[dict[str, Any]], failed: int) -> dict[str, float]:
+    """What the sweep's own run counts, without the pretraining."""
+    return {"trials": sum(point["kind"] != "base" for point in points), "failed_trials": failed}
+
+
+def show_trial(tracker: Tracker, point: dict[str, Any], names: Sequence[str], *, reopen: bool) -> None:
+    """Open a trial's run; the same description from a running sweep and from its folder, so that it is sent once."""
+    params = {key: point.get(key) for key in ("kind", "thresholds", "fixed_weight")}
+    tags = {"dualsweep.trial_kind": point["kind"]}
+    tracker.start_trial(point["trial_id"], point["label"], params, tags, constraints=names, reopen=reopen)
+
+
+def trial_folder(sweep_dir: Path, point: dict[str, Any]) -> Path | None:
+    """Where a trial's results lie; None for the pretrained model, which belongs to all sweeps."""
+    return None if point["kind"] == "base" else sweep_dir / "trials" / point["trial_id"]
+
+
+def keep_outcome(
+    sweep_dir: Path, point: dict[str, Any], seen: dict[str, Any], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Write trace.parquet and result.json of a trial that is over, as the DualServer saw it. Returns: the result.
+
+    A result that is there already stays when only its objective was restated since (`relate_to_unconstrained`).
+    """
+    result = seen["result"] or _failed_result(point, seen)
+    folder = trial_folder(sweep_dir, point)
+    if folder is None:
+        return result
+    folder.mkdir(parents=True, exist_ok=True)
+    write_trace(rows, folder / "trace.parquet", constraints=seen["names"], trial_id=point["trial_id"])
+    try:
+        there = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        before = {key: value for key, value in there.items() if key != "objective_above_pretrained"}
+        before["objective"] = there.get("objective_above_pretrained", there.get("objective"))
+    except (OSError, ValueError, AttributeError):  # absent or damaged: the journal knows it
+        before = None
+    if before == result:
+        return there
+    write_json(folder / "result.json", result)
+    return result
+
+
+def _failed_result(point: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
+    row = seen["row"] or {}
     return {
-        "trial_id": view.point["trial_id"],
-        "label": view.point["label"],
-        "kind": view.point["kind"],
-        "status": view.status,
-        "error": view.error,
-        "reason": view.error.strip().splitlines()[-1] if view.status == "diverged" and view.error else None,
-        "thresholds": view.point["thresholds"],
-        "multipliers": dict(zip(view.names, row.get("multipliers", []), strict=False)),
+        "trial_id": point["trial_id"],
+        "label": point["label"],
+        "kind": point["kind"],
+        "status": seen["status"],
+        "error": seen["error"],
+        "reason": seen["error"].strip().splitlines()[-1] if seen["status"] == "diverged" and seen["error"] else None,
+        "thresholds": point["thresholds"],
+        "multipliers": dict(zip(seen["names"], row.get("multipliers", []), strict=False)),
         "averaged_multipliers": {},
         "exact_multipliers": None,
         "relaxations": {},
         "primal_steps": row.get("primal_step", 0),
-        "dual_steps": view.dual_step,
-        "wall_seconds": row["wall_time"] - view.started if row and view.started else 0.0,
+        "dual_steps": seen["dual_step"],
+        "wall_seconds": row["wall_time"] - seen["started"] if row and seen["started"] else 0.0,
         "objective": None,
         "exact_objective": None,
         "constraints": [],

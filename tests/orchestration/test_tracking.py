@@ -27,9 +27,10 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from dualsweep.orchestration import outbox, tracking, tracking_uri
+from dualsweep.orchestration import tracking, tracking_uri
+from dualsweep.orchestration.delivery import sync_sweep
 from dualsweep.orchestration.trace import COLUMNS, VECTOR_COLUMNS, row_metrics, write_trace
-from dualsweep.orchestration.tracking import Tracker, check_tracking, resolve_tracking_uri, sync_sweep
+from dualsweep.orchestration.tracking import Tracker, check_tracking, resolve_tracking_uri
 
 NAMES = ("digit_4", "digit_7")
 PATIENCE = 120  # seconds; a server start takes 5, and took 20 on a busy two-core machine
@@ -438,20 +439,6 @@ def test_one_item_that_cannot_be_delivered_hides_no_other(uri, tmp_path):
     assert runs["point"].data.tags["feasible"] == "true"
 
 
-def test_rows_that_found_the_buffer_full_come_from_the_trace_file(uri, tmp_path, monkeypatch):
-    monkeypatch.setattr(outbox, "MAX_BUFFERED_ROWS", 10)
-    rows = make_rows(40)
-    write_trace(rows, tmp_path / "trace.parquet", constraints=NAMES, trial_id="t1")
-    with open_tracker(uri) as tracker:
-        tracker.start_trial("t1", "point", {}, constraints=NAMES)
-        for start in range(0, 40, 8):
-            tracker.log_rows("t1", rows[start : start + 8])
-        assert any("buffer is full" in item.error for item in tracker.undelivered())
-        tracker.finish_trial("t1", make_result("t1"), tmp_path)
-    client, runs = runs_by_name(uri)
-    assert_history_equals(client, runs["point"].info.run_id, rows)
-
-
 def test_a_deleted_experiment_is_named_with_the_remedy(uri):
     client = mlflow.MlflowClient(tracking_uri=uri)
     client.delete_experiment(client.create_experiment("fairness"))
@@ -569,7 +556,8 @@ def test_tracking_prints_nothing_leaves_nothing_behind_and_lets_the_process_end(
     (tmp_path / "cwd").mkdir()
     script = f"""
         from pathlib import Path
-        from dualsweep.orchestration.tracking import Tracker, check_tracking, sync_sweep
+        from dualsweep.orchestration.delivery import sync_sweep
+        from dualsweep.orchestration.tracking import Tracker, check_tracking
         check_tracking("sqlite:///{tmp_path}/new folder/mlflow.db")
         assert not Path("{tmp_path}/new folder").exists()
         tracker = Tracker("sqlite:///{tmp_path}/new folder/mlflow.db", "fairness", "digits")
