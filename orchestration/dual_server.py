@@ -6,6 +6,7 @@ that every answer was given from.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import time
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import ray
 
 from dualsweep.orchestration.dual_ledger import FINAL, DualLedger, ProtocolError, StaleAttemptError, TrialBook
-from dualsweep.orchestration.journal import Journal, encode_record
+from dualsweep.orchestration.journal import Journal, RemoteJournal, encode_record
+from dualsweep.orchestration.storage import store_of
 from dualsweep.trainers.dual_client import Reply
+from dualsweep.trainers.store import StorageError, patience_s
 
 NAMESPACE = "dualsweep"
 BASE_TRIAL = "pretrained"
@@ -25,18 +28,25 @@ CALL_TIMEOUT_S = 120.0  # longer than Ray needs to restart the actor, also on an
 class DualServer:
     """See the module; run as an asyncio actor by `start_dual_server`."""
 
-    def __init__(self, journal_path: str) -> None:
+    def __init__(self, folder: str, storage: str) -> None:
         self.ledger = DualLedger()
-        self.journal = Journal(Path(journal_path))
+        self.store = store_of(storage, Path(folder).parent)
+        self.journal: Journal | RemoteJournal
+        if self.store.uri is None:
+            self.journal = Journal(Path(folder) / "journal.jsonl")
+        else:
+            self.journal = RemoteJournal(self.store, Path(folder))
         for record in self.journal.records:
             self.ledger.apply(record)
         self.journal.records = []
         self._assignments: dict[str, dict[str, Any] | None] = {}  # slot -> current assignment; None: the slot closes
         self._attempt_limit: dict[str, int] = {}
+        self._bases: set[str] = set()  # pretrained models known to be there
         self._group_sizes: dict[str, int] = {}  # slot -> workers of the group that asked last
         self._halting = False
         self._pending: list[bytes] = []
         self._accepted = self._durable = 0  # records applied, records on disk
+        self._failures: list[Exception] = []  # of writes
         self._writing = asyncio.Lock()
         self._changed = asyncio.Condition()
 
@@ -67,10 +77,16 @@ class DualServer:
                         [{"kind": "end", "trial": book.trial_id, "status": "failed", "result": None, "error": error}]
                     )
                 if assignment["trial_id"] != finished and book.status not in FINAL and not self._halting:
-                    if assignment["kind"] == "base" or (Path(assignment["base_dir"]) / "base.json").exists():
+                    if assignment["kind"] == "base" or await self._has_base(assignment["base_dir"]):
                         return {**assignment, "attempt": book.attempt + 1}
                     await self._give_up_without_base(assignment["trial_id"])
             await self._wait()
+
+    async def _has_base(self, base_dir: str) -> bool:
+        if base_dir not in self._bases:
+            found = await asyncio.to_thread(self.store.exists, Path(base_dir) / "base.json")
+            self._bases |= {base_dir} if found else set()
+        return base_dir in self._bases
 
     async def _give_up_without_base(self, trial_id: str) -> None:
         """Trials wait while another slot trains the pretrained model; if that failed there is nothing to continue from."""
@@ -113,6 +129,11 @@ class DualServer:
                 return
             error = f"{(error or '').rstrip()} (attempt {attempt}, the last that compute.max_failures allows)"
         await self._perform([{"kind": "end", "trial": trial_id, "status": status, "result": result, "error": error}])
+
+    async def note(self, trial_id: str, attempt: int, text: str) -> None:
+        """Something to tell the user of an attempt."""
+        self._fence(trial_id, attempt)
+        await self._perform([{"kind": "note", "trial": trial_id, "attempt": attempt, "text": text}])
 
     async def trace(self, trial_id: str) -> list[dict[str, Any]]:
         return self.ledger.book(trial_id).rows
@@ -166,7 +187,9 @@ class DualServer:
         await self._notify()
 
     async def close(self) -> None:
-        """Everything answered is on disk already; the file is closed before the actor goes."""
+        """Everything answered is on disk already; what a failed write left is tried once more before the actor goes."""
+        with contextlib.suppress(StorageError):  # nobody was told of these records
+            await self._perform([])
         async with self._writing:
             self.journal.close()
 
@@ -192,7 +215,8 @@ class DualServer:
         """Apply records and return once they, and all before them, are on disk.
 
         Whoever gets the lock writes everything that has gathered by then, so callers that wait share one sync. A failed
-        write keeps the records for the next try; the caller gets the error instead of an answer.
+        write keeps the records for the next try; the caller, and everyone who waited for it, gets the error instead of an
+        answer: a remote store was given its time by then.
         """
         lines = [encode_record(record) for record in records]  # what cannot be written must not take effect
         for record in records:
@@ -201,10 +225,17 @@ class DualServer:
         self._accepted += len(records)
         target = self._accepted
         while self._durable < target:
+            failures = len(self._failures)
             async with self._writing:
+                if len(self._failures) > failures:
+                    raise self._failures[-1]
                 if self._durable < target:
                     batch = list(self._pending)
-                    await asyncio.get_running_loop().run_in_executor(None, self.journal.append, batch)
+                    try:
+                        await asyncio.get_running_loop().run_in_executor(None, self.journal.append, batch)
+                    except OSError as error:
+                        self._failures.append(error)
+                        raise
                     del self._pending[: len(batch)]
                     self._durable += len(batch)
         if records:
@@ -236,6 +267,7 @@ def watched(book: TrialBook, cursor: int, *, with_result: bool) -> dict[str, Any
         "new_rows": book.rows[cursor:final],
         "result": book.result if over and with_result else None,
         "error": book.error,
+        "notes": list(book.notes),
         "superseded_rows": book.superseded_rows,
     }
 
@@ -257,6 +289,9 @@ class RayDual:
     def checkpointed(self, trial_id: str, attempt: int, dual_step: int, path: str) -> None:
         self.call("checkpointed", trial_id, attempt, dual_step, path)
 
+    def note(self, trial_id: str, attempt: int, text: str) -> None:
+        self.call("note", trial_id, attempt, text)
+
     def trace(self, trial_id: str) -> list[dict[str, Any]]:
         return self.call("trace", trial_id)
 
@@ -265,13 +300,15 @@ class RayDual:
     ) -> None:
         self.call("end", trial_id, attempt, status, result, error)
 
-    def call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+    def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
         """Raises: StaleAttemptError, ProtocolError, ValueError as the server does; RuntimeError when it does not answer."""
+        # An answer may have to wait for a remote store.
+        timeout_s = max(CALL_TIMEOUT_S, patience_s() + 30.0) if timeout_s is None else timeout_s
         try:
             return ray.get(getattr(self.handle, method).remote(*args), timeout=timeout_s)
         except ray.exceptions.RayTaskError as error:
             cause = error.as_instanceof_cause()
-            if isinstance(cause, (StaleAttemptError, ProtocolError, ValueError)):
+            if isinstance(cause, (StaleAttemptError, ProtocolError, StorageError, ValueError)):
                 raise type(error.cause)(str(error.cause)) from None
             raise
         except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorDiedError) as error:
@@ -291,8 +328,12 @@ def server_name(folder: Path) -> str:
     return f"dual-server-{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
 
 
-def start_dual_server(folder: Path) -> RayDual:
-    """Start the sweep's DualServer: no CPU, restarted for ever, found by name from every worker."""
+def start_dual_server(folder: Path, storage: str = "") -> RayDual:
+    """Start the sweep's DualServer: no CPU, restarted for ever, found by name from every worker.
+
+    Args:
+        storage: the config's; its journal lies there if that is a remote address, else in the folder.
+    """
     actor = ray.remote(DualServer).options(
         name=server_name(folder),
         namespace=NAMESPACE,
@@ -301,7 +342,7 @@ def start_dual_server(folder: Path) -> RayDual:
         max_task_retries=-1,
         max_concurrency=1000,  # long polls (lease, progress) wait inside the actor
     )
-    return RayDual(actor.remote(str(folder / "journal.jsonl")))
+    return RayDual(actor.remote(str(folder), storage))
 
 
 def find_dual_server(folder: Path) -> RayDual:

@@ -9,11 +9,12 @@ from dualsweep.orchestration.cluster import check_fits_locally
 from dualsweep.orchestration.config import ConfigError, SweepConfig, sweep_points
 from dualsweep.orchestration.journal import read_journal
 from dualsweep.orchestration.points import search_settings
-from dualsweep.orchestration.storage import check_writable, storage_root
+from dualsweep.orchestration.storage import bring, check_storage, impatient, open_store
 from dualsweep.orchestration.tracking import check_tracking, resolve_tracking_uri
 from dualsweep.trainers.checkpoints import newest_checkpoint
 from dualsweep.trainers.methods import METHODS, Method
 from dualsweep.trainers.models import check_image_size, load_model
+from dualsweep.trainers.store import Store
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Plan:
     tracking_uri: str
     constraint_names: tuple[str, ...]
     points: list[dict[str, Any]]  # listed trials, in order; searched ones come on top
+    store: Store
 
 
 def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = False) -> Plan:
@@ -36,12 +38,13 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
         on_cluster: resources are checked against the cluster after joining it, not against this machine.
     Raises: ConfigError naming field, value and remedy; nothing has been written or started then.
     """
-    root = storage_root(config.storage)
+    store = open_store(config.storage)
+    root = store.root
     folder = root / config.name
     try:
         summary = validate_spec(config.data)
-        check_writable(root)
-        tracking_uri = resolve_tracking_uri(config.tracking.uri, root)
+        check_storage(store)
+        tracking_uri = resolve_tracking_uri(config.tracking.uri, store.address(root))
         method = METHODS[config.method]
         names = _check_formulation(config, method, summary)
         if config.thresholds.search is not None:
@@ -55,7 +58,8 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
         if not on_cluster:
             check_fits_locally(config.compute)
         if resume:
-            _check_resumable(folder)
+            bring(impatient(store), config.name, models=True)
+            _check_resumable(folder, store)
         if not resume:  # a resume goes on without it
             check_tracking(tracking_uri, timeout=8.0)
     except ConfigError:
@@ -63,16 +67,18 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if resume and not (folder / "sweep.yaml").is_file():
-        raise ConfigError(f"name: no sweep {config.name!r} in {root}; `dualsweep status` lists what is there")
-    if not resume and folder.exists():
         raise ConfigError(
-            f"name: sweep {config.name!r} already exists in {root}; go on with it (`dualsweep resume {config.name}`), give another "
+            f"name: no sweep {config.name!r} in {store.address(root)}; `dualsweep status` lists what is there"
+        )
+    if not resume and _taken(store, config.name):
+        raise ConfigError(
+            f"name: sweep {config.name!r} already exists in {store.address(root)}; go on with it (`dualsweep resume {config.name}`), give another "
             "name (name=...), or let one be found (--fresh-name)"
         )
     base_dir = (
         root / "bases" / config.base_key(method.pretraining_sets(summary.constraint_names, config.thresholds.unit))
     )
-    return Plan(config, folder, base_dir, tracking_uri, names, points)
+    return Plan(config, folder, base_dir, tracking_uri, names, points, store)
 
 
 def _check_formulation(config: SweepConfig, method: type[Method], summary: DatasetSummary) -> tuple[str, ...]:
@@ -142,18 +148,30 @@ def _check_pretrained(config: SweepConfig, sample_shape: tuple[int, ...] | None)
         )
 
 
-def _check_resumable(folder: Path) -> None:
-    """What a resume goes on from is whole. Raises: ValueError naming the damaged file."""
+def _taken(store: Store, name: str) -> bool:
+    """Whether a new sweep would meet another's files."""
+    if store.uri is None:
+        return (store.root / name).exists()
+    return impatient(store).exists(store.root / name / "sweep.yaml")
+
+
+def _check_resumable(folder: Path, store: Store) -> None:
+    """What a resume goes on from is whole. Raises: ValueError naming the damaged file.
+
+    Remote checkpoints are checked by whoever fetches them; those left on this node count for nothing.
+    """
     read_journal(folder / "journal.jsonl")
+    if store.uri is not None:
+        return
     for trial in sorted((folder / "trials").glob("*")):
         newest_checkpoint(trial, None)
 
 
 def fresh_name(config: SweepConfig) -> SweepConfig:
     """The config under a name that is free: `name`, else `name-2`, `name-3`, ..."""
-    root = storage_root(config.storage)
+    store = open_store(config.storage)
     candidate, number = config.name, 2
-    while (root / candidate).exists():
+    while _taken(store, candidate):
         candidate, number = f"{config.name}-{number}", number + 1
     return config.model_copy(update={"name": candidate})
 

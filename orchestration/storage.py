@@ -1,11 +1,19 @@
 """Where sweeps live: a local or shared folder, or a remote address with a working folder on every node."""
 
+import contextlib
 import hashlib
+import json
 import os
 import re
+import shutil
+import socket
 import tempfile
+import threading
+import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -16,6 +24,8 @@ from dualsweep.trainers.store import MANIFEST, StorageError, Store, writing_to
 CACHE_VARIABLE = "DUALSWEEP_CACHE"
 CHECK_WAIT_S = 5.0  # a first try's own time-outs come on top
 DRIVER_FILE = "driver.json"
+BEAT_S = 10.0
+LIFE_S = 60.0  # a driver that gave no sign for so long is dead
 
 
 def open_store(storage: str) -> Store:
@@ -46,6 +56,16 @@ def store_of(storage: str, root: Path) -> Store:
     return Store(root, open_store(storage).uri)
 
 
+def impatient(store: Store) -> Store:
+    """For commands that somebody waits for: a few seconds until an address that does not answer is refused."""
+    return replace(store, wait_s=CHECK_WAIT_S)
+
+
+def sweep_id(storage: str, folder: Path) -> str:
+    """What tells a sweep from others of its name in MLflow: the same on every machine that a remote sweep runs on."""
+    return store_of(storage, folder.parent).address(folder)
+
+
 def storage_root(storage: str) -> Path:
     """The local folder of a storage: itself, or this node's working folder."""
     return open_store(storage).root
@@ -58,8 +78,8 @@ def check_storage(store: Store) -> None:
         return
     probe = store.root / f".dualsweep-check-{uuid.uuid4().hex[:8]}"
     try:
-        store.write(probe, b"dualsweep", wait_s=CHECK_WAIT_S)
-        store.remove_file(probe)
+        impatient(store).write(probe, b"dualsweep")
+        impatient(store).remove_file(probe)
     except (StorageError, OSError, ValueError) as error:
         reason = " ".join(str(error).removeprefix("storage: ").split())
         raise ConfigError(
@@ -143,3 +163,69 @@ def bring_model(model: str) -> Path:
     except (StorageError, ValueError) as error:
         raise ConfigError(f"MODEL: {error}") from None
     raise ConfigError(f"MODEL: no model at {store.address(store.root / name)} ({name}{MANIFEST} is missing there)")
+
+
+def forget(store: Store, folder: Path) -> None:
+    """Empty this node's copy of a sweep that the remote store does not have: it was removed there."""
+    if store.uri is not None:
+        for path in folder.glob("*"):
+            if path.name != "driver.lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def sign_of_life(store: Store, folder: Path) -> Iterator[None]:
+    """One driver a remote sweep: while it lives it says so every `BEAT_S` seconds in `driver.json`.
+
+    The file lock of a local sweep does not reach other machines. Two drivers that start within the same moment are not
+    told apart here; the journal's epochs then keep the records of one of them.
+    Raises: ConfigError when the driver of another machine has given a sign within `LIFE_S` seconds.
+    """
+    if store.uri is None:
+        yield
+        return
+    path, ended = folder / DRIVER_FILE, threading.Event()
+    other = _driver_of(store.read(path))
+    if other is not None:
+        raise ConfigError(
+            f"name: sweep {folder.name!r} is being run by process {other['pid']} on {other['host']} (its last sign of life is "
+            f"{time.time() - other['time']:.0f} s old); interrupt it there, or wait {LIFE_S:g} s after its end"
+        )
+
+    def beat() -> None:
+        while True:
+            mine = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+            with contextlib.suppress(StorageError):  # an outage; whoever needs the store says so
+                impatient(store).write(path, json.dumps(mine).encode())
+            if ended.wait(BEAT_S):
+                return
+
+    thread = threading.Thread(target=beat, daemon=True, name="sign-of-life")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with contextlib.suppress(StorageError):
+            impatient(store).remove_file(path)
+
+
+def has_living_driver(folder: Path) -> bool:
+    """Whether the driver of some machine runs this sweep, by the sign of life that `bring` fetched."""
+    try:
+        return _driver_of((folder / DRIVER_FILE).read_bytes()) is not None
+    except OSError:
+        return False
+
+
+def _driver_of(content: bytes | None) -> dict | None:
+    """The living driver that a sign of life speaks of."""
+    try:
+        driver = json.loads(content or b"null")
+    except ValueError:
+        return None
+    if driver is None or time.time() - driver["time"] > LIFE_S:
+        return None
+    gone = driver["host"] == socket.gethostname() and not Path(f"/proc/{driver['pid']}").exists()
+    return None if gone else driver

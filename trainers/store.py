@@ -76,6 +76,7 @@ class Store:
 
     root: Path
     uri: str | None = None
+    wait_s: float | None = None  # patience of this handle; None: `patience_s`
 
     def address(self, path: Path) -> str:
         """What a user may be shown, and what stays the same on every machine: no query, no working folder."""
@@ -105,14 +106,14 @@ class Store:
         except FileNotFoundError:
             return None
 
-    def write(self, path: Path, content: bytes, *, wait_s: float | None = None) -> None:
+    def write(self, path: Path, content: bytes) -> None:
         """Put a remote file, whole or not at all; it is durable on return."""
 
         def write(remote: pafs.FileSystem, key: str) -> None:
             with remote.open_output_stream(key) as stream:
                 stream.write(content)
 
-        self._patiently(path, write, wait_s)
+        self._patiently(path, write)
 
     def remove(self, path: Path) -> None:
         """Remove a remote file or folder, and its manifest before it."""
@@ -209,12 +210,12 @@ class Store:
 
     # -- the connection ------------------------------------------------------------------------------------------
 
-    def _patiently(self, path: Path, call: Callable[[pafs.FileSystem, str], T], wait_s: float | None = None) -> T:
-        """Try again with growing pauses while the address does not answer, at most `wait_s` seconds (`patience_s`).
+    def _patiently(self, path: Path, call: Callable[[pafs.FileSystem, str], T]) -> T:
+        """Try again with growing pauses while the address does not answer.
 
         Raises: FileNotFoundError at once; StorageError naming the address when the time is over.
         """
-        patience = patience_s() if wait_s is None else wait_s
+        patience = patience_s() if self.wait_s is None else self.wait_s
         began, pause = time.monotonic(), 0.2
         while True:
             try:
