@@ -37,7 +37,8 @@ Address = Annotated[
     ),
 ]
 Storage = Annotated[
-    str | None, typer.Option(help="Folder of the sweeps; default DUALSWEEP_STORAGE, else ./runs.", show_default=False)
+    str | None,
+    typer.Option(help="Folder or address of the sweeps; default DUALSWEEP_STORAGE, else ./runs.", show_default=False),
 ]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A sweep's name.", show_default=False)]
 
@@ -85,9 +86,9 @@ def resume(name: Name, storage: Storage = None, address: Address = None) -> None
     """Go on with an interrupted sweep: finished trials are kept, the others continue from their checkpoints."""
     from dualsweep.orchestration.sweep import run_sweep, stored_config
 
-    root = _root(storage)
+    root, store = _brought(storage, name), _store(storage)
     # A folder that was moved is where it is now, not where its file says.
-    config = stored_config(name, root).model_copy(update={"storage": str(root), "name": name})
+    config = stored_config(name, root).model_copy(update={"storage": store.uri or str(root), "name": name})
     _finish(run_sweep(config, resume=True, address=address, console=console))
 
 
@@ -102,11 +103,11 @@ def status(
     """Show where a sweep stands, whether it is running or not."""
     from dualsweep.orchestration.status import follow_status, list_sweeps, status_table
 
-    root = _root(storage)
+    root = _brought(storage, name)
     if name is None:
         console.print(list_sweeps(root))
     elif follow:
-        follow_status(root, name, console)
+        follow_status(root, name, console, renew=lambda: _brought(storage, name))
     else:
         console.print(status_table(root, name))
 
@@ -119,8 +120,11 @@ def report(
 ) -> None:
     """Write the report of a sweep again."""
     from dualsweep.orchestration.status import rewrite_report
+    from dualsweep.orchestration.storage import push_outcome
 
-    console.print(f"report   {rewrite_report(_root(storage), name, track=track)}", highlight=False, soft_wrap=True)
+    page = rewrite_report(_brought(storage, name, trials=True), name, track=track)
+    push_outcome(_store(storage), page.parent.parent)
+    console.print(f"report   {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -128,7 +132,7 @@ def sync(name: Name, storage: Storage = None) -> None:
     """Deliver to MLflow what it has not got yet, from the sweep's folder; each row once. Exit code 1: not everything."""
     from dualsweep.orchestration.delivery import deliver_again
 
-    done = deliver_again(_root(storage), name)
+    done = deliver_again(_brought(storage, name, models=True), name)
     if done.delivered:
         console.print("delivered: " + ", ".join(f"{count} {kind}" for kind, count in done.delivered.items()))
     elif not done.undelivered:
@@ -140,8 +144,12 @@ def sync(name: Name, storage: Storage = None) -> None:
 @app.command()
 def sample(
     model: Annotated[
-        Path,
-        typer.Argument(metavar="MODEL", help="A model folder, such as runs/NAME/trials/ID/model.", show_default=False),
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model folder or its address, such as runs/NAME/trials/ID/model.",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Picture to write; vectors are also written as .npy beside it.")] = Path(
         "samples.png"
@@ -152,8 +160,9 @@ def sample(
 ) -> None:
     """Draw samples from a trained model, or from a composed law by its own sampler."""
     from dualsweep.orchestration.sampling import draw_samples
+    from dualsweep.orchestration.storage import bring_model
 
-    for path in draw_samples(model, out, count=count, steps=steps, seed=seed):
+    for path in draw_samples(bring_model(model), out, count=count, steps=steps, seed=seed):
         console.print(f"samples  {path}", highlight=False, soft_wrap=True)
 
 
@@ -170,7 +179,7 @@ def doctor(storage: Storage = None, address: Address = None) -> None:
     """Check what this machine (and, with an address, a cluster) can run, and what is missing."""
     from dualsweep.orchestration.doctor import check_everything
 
-    rows = check_everything(_root(storage), address)
+    rows = check_everything(_store(storage), address)
     table = Table("", "what", "found", "remedy")
     for row in rows:
         table.add_row("[green]ok[/]" if row.ok else "[red]missing[/]", row.what, row.found, row.remedy)
@@ -178,10 +187,17 @@ def doctor(storage: Storage = None, address: Address = None) -> None:
     raise typer.Exit(0 if all(row.ok for row in rows) else 1)
 
 
-def _root(storage: str | None) -> Path:
-    from dualsweep.orchestration.storage import storage_root
+def _store(storage: str | None):
+    from dualsweep.orchestration.storage import impatient, open_store
 
-    return storage_root(storage or os.environ.get("DUALSWEEP_STORAGE") or "runs")
+    return impatient(open_store(storage or os.environ.get("DUALSWEEP_STORAGE") or "runs"))
+
+
+def _brought(storage: str | None, name: str | None, **what: bool) -> Path:
+    """The local folder of all sweeps, after fetching what a remote storage has of this one (of each, without a name)."""
+    from dualsweep.orchestration.storage import bring_all
+
+    return bring_all(_store(storage), name, **what)
 
 
 def _finish(outcome) -> None:
@@ -266,14 +282,18 @@ def version_option(version: Annotated[bool, typer.Option("--version", help="Prin
 
 
 def main() -> None:
-    """Entry point: bad input is one line on stderr and exit code 2."""
+    """Entry point: bad input is one line on stderr and exit code 2, storage that fails in the middle one and code 1."""
     from dualsweep.orchestration.config import ConfigError
+    from dualsweep.trainers.store import StorageError
 
     try:
         app(standalone_mode=True)
     except ConfigError as error:
         errors.print(f"[red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True, markup=True)
         sys.exit(2)
+    except StorageError as error:
+        errors.print(f"[red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True, markup=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

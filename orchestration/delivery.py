@@ -17,6 +17,7 @@ from dualsweep.orchestration.dual_ledger import FINAL, DualLedger
 from dualsweep.orchestration.dual_server import BASE_TRIAL, watched
 from dualsweep.orchestration.journal import read_journal
 from dualsweep.orchestration.outbox import Undelivered
+from dualsweep.orchestration.storage import sweep_id
 from dualsweep.orchestration.sweep import driver_lock, stored_config
 from dualsweep.orchestration.trace import read_trace, read_trace_names
 from dualsweep.orchestration.tracking import Tracker, resolve_tracking_uri
@@ -52,7 +53,10 @@ def deliver_again(root: Path, name: str) -> Delivery:
     folder = root / name
     with driver_lock(folder, "its driver delivers by itself; run `dualsweep sync` when it has ended"):
         tracker = Tracker(
-            resolve_tracking_uri(config.tracking.uri, root), config.experiment, name, sweep_id=str(folder)
+            resolve_tracking_uri(config.tracking.uri, root),
+            config.experiment,
+            name,
+            sweep_id=sweep_id(config.storage, folder),
         )
         try:
             sync_sweep(folder, tracker)

@@ -10,7 +10,8 @@ from pathlib import Path
 from packaging.version import Version
 
 from dualsweep.orchestration.config import ConfigError
-from dualsweep.orchestration.storage import check_writable
+from dualsweep.orchestration.storage import check_storage
+from dualsweep.trainers.store import Store
 
 # Oldest releases the project is tested with; the same bounds as in pyproject.toml.
 PACKAGES = {
@@ -34,15 +35,15 @@ class Finding:
     remedy: str = ""
 
 
-def check_everything(root: Path, address: str | None) -> list[Finding]:
+def check_everything(store: Store, address: str | None) -> list[Finding]:
     """Every check with what to do about it; starts Ray only to look at a cluster that was named."""
     rows = [
         _python(),
         *(_package(name, least) for name, least in PACKAGES.items()),
         _processors(),
         _gpus(),
-        _storage(root),
-        _disk(root),
+        _storage(store),
+        _disk(store.root),
     ]
     if address or os.environ.get("RAY_ADDRESS"):
         rows.append(_cluster(address))
@@ -84,12 +85,13 @@ def _gpus() -> Finding:
     return Finding(not hidden, "GPUs", "none", remedy)
 
 
-def _storage(root: Path) -> Finding:
+def _storage(store: Store) -> Finding:
+    where = store.address(store.root)
     try:
-        check_writable(root)
+        check_storage(store)
     except ConfigError as error:
-        return Finding(False, "storage", str(root), str(error))
-    return Finding(True, "storage", f"{root} is writable")
+        return Finding(False, "storage", where, str(error))
+    return Finding(True, "storage", f"{where} is writable")
 
 
 def _disk(root: Path) -> Finding:

@@ -32,7 +32,7 @@ def trial_table(views: Iterable[TrialView], *, title: str, slots: int = 1, note:
     table = Table(
         title=title,
         title_justify="left",
-        caption=_caption(views, slots) + (f"\n{escape(note)}" if note else ""),
+        caption="\n".join([_caption(views, slots), *(escape(line) for line in [note, *_notes(views)] if line)]),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -55,6 +55,10 @@ def trial_table(views: Iterable[TrialView], *, title: str, slots: int = 1, note:
             duration(view.seconds_left()),
         )
     return table
+
+
+def _notes(views: list[TrialView]) -> list[str]:
+    return [f"{view.point['label']}, {note}" for view in views for note in view.notes]
 
 
 def verdict(view: TrialView) -> Text:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from dualsweep.orchestration.dual_server import watched
 from dualsweep.orchestration.journal import JournalError
 from dualsweep.orchestration.live import trial_table
 from dualsweep.orchestration.report import write_report
+from dualsweep.orchestration.storage import sweep_id
 from dualsweep.orchestration.sweep import is_running, stored_config
 from dualsweep.orchestration.tracking import Tracker, resolve_tracking_uri
 from dualsweep.orchestration.units import calibration_text, unit_of_config
@@ -54,6 +56,7 @@ def trial_views(root: Path, name: str) -> list[TrialView]:
                 result=seen["result"],
                 error=seen["error"],
                 min_max=unit.min_max,
+                notes=seen["notes"],
             )
         )
     return views
@@ -74,11 +77,12 @@ def status_table(root: Path, name: str) -> Table:
     )
 
 
-def follow_status(root: Path, name: str, console: Console) -> None:
-    """Show the table until Ctrl-C or the end of the sweep."""
+def follow_status(root: Path, name: str, console: Console, renew: Callable[[], object] = lambda: None) -> None:
+    """Show the table until Ctrl-C or the end of the sweep; `renew` fetches what a remote store has since."""
     with Live(status_table(root, name), console=console, refresh_per_second=2) as live:
         while is_running(root / name):
             time.sleep(1.0)
+            renew()
             live.update(status_table(root, name))
 
 
@@ -115,7 +119,10 @@ def rewrite_report(root: Path, name: str, *, track: bool) -> Path:
     page = write_report(root / name).index
     if track:
         tracker = Tracker(
-            resolve_tracking_uri(config.tracking.uri, root), config.experiment, name, sweep_id=str(root / name)
+            resolve_tracking_uri(config.tracking.uri, root),
+            config.experiment,
+            name,
+            sweep_id=sweep_id(config.storage, root / name),
         )
         tracker.finish_sweep(page.parent, sweep_state(trial_views(root, name)))
         tracker.close(DELIVERY_S)

@@ -131,6 +131,7 @@ def bring(store: Store, name: str, *, trials: bool = False, models: bool = False
             part = folder / f"journal.jsonl.part{os.getpid()}"
             part.write_bytes(read_remote_journal(store, folder))
             os.replace(part, folder / "journal.jsonl")
+        store.fetch(folder / "report")
         if trials or models:
             with ThreadPoolExecutor(8) as pool:
                 here = [folder / "trials" / trial for trial in store.folders(folder / "trials")]
@@ -140,12 +141,36 @@ def bring(store: Store, name: str, *, trials: bool = False, models: bool = False
     return folder
 
 
+def bring_all(store: Store, name: str | None, **what: bool) -> Path:
+    """As `bring`, of one sweep or of every one. Returns: the local folder that holds them. Raises: ConfigError."""
+    if store.uri is not None:
+        try:
+            names = [name] if name else [name for name in store.folders(store.root) if name != "bases"]
+        except (StorageError, ValueError) as error:
+            raise ConfigError(str(error)) from None
+        for each in names:
+            bring(store, each, **what)
+    return store.root
+
+
 def bring_trial(store: Store, folder: Path, *, models: bool) -> None:
     """What a trial has left so far, without its checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     store.fetch_files(folder)
     if models:
         store.fetch(folder / "model")
+
+
+def push_outcome(store: Store, folder: Path) -> None:
+    """Results as they are now (an objective may have been restated), traces and the report, to a remote store."""
+    if store.uri is None:
+        return
+    for trial in sorted((folder / "trials").glob("*")):
+        for name in ("trace.parquet", "result.json"):
+            if (trial / name).is_file():
+                store.push(trial / name)
+    if (folder / "report").is_dir():
+        store.push(folder / "report")
 
 
 def bring_model(model: str) -> Path:

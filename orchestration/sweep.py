@@ -35,9 +35,11 @@ from dualsweep.orchestration.points import Halt, build_search, search_settings
 from dualsweep.orchestration.preflight import Plan, preflight
 from dualsweep.orchestration.report import frontier_table, write_report
 from dualsweep.orchestration.schedulers import trial_scheduler
+from dualsweep.orchestration.storage import forget, has_living_driver, push_outcome, sign_of_life, sweep_id
 from dualsweep.orchestration.tracking import Tracker, Undelivered, check_tracking
 from dualsweep.orchestration.watch import Watcher, sweep_metrics, trial_folder
-from dualsweep.trainers.results import write_base
+from dualsweep.trainers.results import push_base, write_base
+from dualsweep.trainers.store import StorageError, writing_to
 from dualsweep.trainers.workspace import write_json
 
 KEPT = ("completed", "stopped", "diverged")  # a resume runs the others (failed, interrupted, waiting) again
@@ -81,7 +83,7 @@ def run_sweep(
         stack.enter_context(hangup_as_interrupt())
         plan = preflight(config, resume=resume, on_cluster=found is not None)
         if resume:  # before anything starts; a new sweep has no folder to lock yet
-            stack.enter_context(driver_lock(plan.folder, "wait for it or interrupt it"))
+            stack.enter_context(_only_driver(plan))
             _say_if_away(plan.tracking_uri, console)
         quiet_environment()
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.compute.placement_timeout_s))
@@ -90,12 +92,14 @@ def run_sweep(
         with console.status("starting Ray"), hangup_held_back():
             info = start_ray(address=found or "local")
         slots = slots_for(config.compute, info)
-        with contextlib.nullcontext() if resume else driver_lock(plan.folder, "wait for it or interrupt it"):
+        with contextlib.nullcontext() if resume else _only_driver(plan):
             _write_plan(plan)
             where = f"{info.nodes} node{'s' * (info.nodes != 1)}, {info.cpus:g} CPUs, {info.gpus:g} GPUs"
             console.print(
                 f"[bold]{config.name}[/]: {len(plan.points)} trials, {slots} at a time on {where}", highlight=False
             )
+            if plan.store.uri is not None:
+                console.print(f"  storage  {plan.store.address(plan.folder)}", highlight=False)
             console.print(f"  folder   {plan.folder}\n  tracking {plan.tracking_uri}", highlight=False)
             return _run(plan, slots, console)
 
@@ -110,9 +114,9 @@ def _say_if_away(tracking_uri: str, console: Console) -> None:
 
 def _run(plan: Plan, slots: int, console: Console) -> Outcome:
     config = plan.config
-    tracker = Tracker(plan.tracking_uri, config.experiment, config.name, sweep_id=str(plan.folder))
+    tracker = Tracker(plan.tracking_uri, config.experiment, config.name, sweep_id=sweep_id(config.storage, plan.folder))
     tracker.start_sweep(config.to_dict(), {"dualsweep.method": config.method}, files=[plan.folder / "sweep.yaml"])
-    server = _start_dual_server(plan.folder)
+    server = _start_dual_server(plan)
     finished = {trial_id: seen for trial_id, seen in server.call("snapshot", {}, []).items() if seen["status"] in KEPT}
     todo = [point for point in plan.points if point["trial_id"] not in finished]
     base = _base_point(plan)
@@ -195,7 +199,7 @@ def _fit(
 
 def _base_point(plan: Plan) -> dict[str, Any] | None:
     """The pretraining, unless its result is there: trained by an earlier sweep, or given by the user."""
-    if (plan.base_dir / "base.json").exists():
+    if plan.store.exists(plan.base_dir / "base.json"):
         return None
     return {"trial_id": BASE_TRIAL, "label": "pretrained model", "kind": "base", "thresholds": {}, "fixed_weight": None}
 
@@ -217,6 +221,7 @@ def _conclude(
     for view in watcher.views.values():
         if view.status not in FINAL and not interrupted:
             failed[view.point["label"]] = failed_fit or f"ended as {view.status}"
+    failed.update(watcher.unkept)
     status = "interrupted" if interrupted else "failed" if failed else "completed"
     relate_to_unconstrained(plan.folder)
     for view in watcher.views.values():
@@ -227,8 +232,15 @@ def _conclude(
                 tracker.finish_trial(view.point["trial_id"], restated, folder)
     report = None
     if any((plan.folder / "trials").glob("*/result.json")):
-        with console.status("writing the report"):
+        with console.status("writing the report"), writing_to(plan.folder / "report"):
             report = write_report(plan.folder).index
+    try:
+        push_outcome(plan.store, plan.folder)
+    except StorageError as error:
+        failed["report"] = (
+            f"{error}; it lies in {plan.folder}, and `dualsweep report {plan.config.name}` sends it again"
+        )
+        status = "failed" if status == "completed" else status
     metrics = sweep_metrics([view.point for view in watcher.views.values()], len(failed))
     tracker.finish_sweep(report.parent if report else None, status, metrics)
     with console.status("delivering to MLflow"):
@@ -274,13 +286,17 @@ def relate_to_unconstrained(folder: Path) -> None:
 
 def _write_plan(plan: Plan) -> None:
     """The resolved config and the points, for a resume and for the report; an existing folder keeps its own."""
-    if not (plan.folder / "sweep.yaml").exists():
+    store = plan.store
+    if not store.exists(plan.folder / "sweep.yaml"):
+        forget(store, plan.folder)
         text = yaml.safe_dump(plan.config.to_dict(), sort_keys=False)
         part = plan.folder / f"sweep.yaml.part{os.getpid()}"
         part.write_text(text, encoding="utf-8")
         write_json(plan.folder / "points.json", plan.points)
         os.replace(part, plan.folder / "sweep.yaml")
-    if plan.config.model.pretrained and not (plan.base_dir / "base.json").exists():
+        store.push(plan.folder / "points.json")
+        store.push(plan.folder / "sweep.yaml")
+    if plan.config.model.pretrained and not store.exists(plan.base_dir / "base.json"):
         adopt_pretrained(plan)
 
 
@@ -292,6 +308,7 @@ def adopt_pretrained(plan: Plan) -> None:
     workspace = Workspace(plan.config.to_dict(), plan.config.data)
     denoiser = load_model(plan.config.model.pretrained)
     write_base(plan.base_dir, lambda folder: save_model(denoiser, workspace.schedule, folder), workspace.data)
+    push_base(plan.base_dir, plan.store)
 
 
 def stored_config(name: str, storage: Path) -> SweepConfig:
@@ -302,19 +319,19 @@ def stored_config(name: str, storage: Path) -> SweepConfig:
     return SweepConfig.from_dict(read_fields(path), source=str(path))
 
 
-def _start_dual_server(folder: Path) -> RayDual:
+def _start_dual_server(plan: Plan) -> RayDual:
     """Start the DualServer once that of a driver that died is gone: on a cluster Ray takes some seconds to notice.
 
     We hold the driver's lock, so nobody needs the old one; ended by force it might leave a request half answered.
     """
     import ray
 
-    deadline = time.monotonic() + PREDECESSOR_S
+    folder, deadline = plan.folder, time.monotonic() + PREDECESSOR_S
     while True:
         try:
             ray.get_actor(server_name(folder), namespace=NAMESPACE)
         except ValueError:
-            return start_dual_server(folder)
+            return start_dual_server(folder, plan.config.storage)
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"name: sweep {folder.name!r} still has its DualServer on this cluster after {PREDECESSOR_S:g} s, so its "
@@ -341,6 +358,13 @@ def _stop_at_once() -> None:
 
 
 @contextlib.contextmanager
+def _only_driver(plan: Plan) -> Iterator[None]:
+    """Raises: ConfigError when the sweep has a driver, on this machine or, with remote storage, on any."""
+    with driver_lock(plan.folder, "wait for it or interrupt it"), sign_of_life(plan.store, plan.folder):
+        yield
+
+
+@contextlib.contextmanager
 def driver_lock(folder: Path, remedy: str) -> Iterator[None]:
     """One driver a sweep; the lock goes with the process. Raises: ConfigError when another one holds the folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -360,15 +384,15 @@ def driver_lock(folder: Path, remedy: str) -> Iterator[None]:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a driver on this machine holds the sweep."""
+    """Whether a driver on this machine holds the sweep, or that of another machine has just given a sign of life."""
     try:
         with open(folder / "driver.lock", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
-        return False
+        return has_living_driver(folder)
     except OSError:
         return True
-    return False
+    return has_living_driver(folder)
 
 
 @contextlib.contextmanager

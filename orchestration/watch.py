@@ -14,9 +14,11 @@ from dualsweep.constraints.lagrangian import min_max_level
 from dualsweep.orchestration.dual_ledger import FINAL
 from dualsweep.orchestration.dual_server import BASE_TRIAL, RayDual
 from dualsweep.orchestration.preflight import Plan
+from dualsweep.orchestration.storage import bring_trial, impatient
 from dualsweep.orchestration.trace import write_trace
 from dualsweep.orchestration.tracking import Tracker
 from dualsweep.orchestration.units import unit_of_config
+from dualsweep.trainers.store import StorageError, writing_to
 from dualsweep.trainers.workspace import write_json
 
 INTERVAL_S = 0.5
@@ -36,6 +38,7 @@ class TrialView:
     result: dict[str, Any] | None = None
     error: str | None = None
     min_max: bool = False
+    notes: list[str] = field(default_factory=list)  # what a user should know of its attempts
 
     @property
     def worst(self) -> float | None:
@@ -67,6 +70,7 @@ class Watcher:
         self.calibration: dict[str, Any] | None = None  # what the pretrained model measures, from the first result
         self.views: dict[str, TrialView] = {point["trial_id"]: self._view(point) for point in plan.points}
         self.error: BaseException | None = None
+        self.unkept: dict[str, str] = {}  # label -> why a trial that is over has no result in its folder yet
         self.after_look: Callable[[], None] = lambda: None
         self.began = time.time()
         self._rows: dict[str, list[dict[str, Any]]] = {}
@@ -117,7 +121,7 @@ class Watcher:
                 seen["row"],
                 seen["error"],
             )
-            view.names, view.started = seen["names"], seen["started"]
+            view.names, view.started, view.notes = seen["names"], seen["started"], seen["notes"]
             self._track(trial_id, view, seen)
         self.after_look()
 
@@ -140,13 +144,30 @@ class Watcher:
             rows += seen["new_rows"]
             self.tracker.log_rows(trial_id, seen["new_rows"])
         if view.over:
+            try:
+                view.result = self._keep(view, seen, rows)
+            except StorageError as error:  # no room, or an address that is away: tried again at the next look
+                self.unkept[view.point["label"]] = str(error)
+                return
             self._ended.append(trial_id)
-            view.result = keep_outcome(self.plan.folder, view.point, seen, rows)
+            self.unkept.pop(view.point["label"], None)
             if self.calibration is None and view.result.get("calibration"):
                 self.calibration = view.result["calibration"]
                 self.tracker.log_calibration(self.calibration)
             view.point["label"] = view.result["label"]
             self.tracker.finish_trial(trial_id, view.result, trial_folder(self.plan.folder, view.point))
+
+    def _keep(self, view: TrialView, seen: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Write the outcome beside what the workers left, which may have been on another node. Raises: StorageError."""
+        store, folder = impatient(self.plan.store), trial_folder(self.plan.folder, view.point)
+        if folder is not None and store.uri is not None:
+            bring_trial(store, folder, models=True)
+        with writing_to(folder or self.plan.folder):
+            result = keep_outcome(self.plan.folder, view.point, seen, rows)
+        if folder is not None and store.uri is not None:
+            store.push(folder / "trace.parquet")
+            store.push(folder / "result.json")
+        return result
 
 
 def sweep_metrics(points: Sequence[dict[str, Any]], failed: int) -> dict[str, float]:
