@@ -8,6 +8,7 @@ import torch
 
 from dualsweep.orchestration.config import ConfigError
 from dualsweep.orchestration.sample_figures import scatter
+from dualsweep.trainers.chains import load_chain
 from dualsweep.trainers.methods.composed import COMPOSITION_FILE, load_composition
 from dualsweep.trainers.models import Denoiser, load_model, load_schedule
 from dualsweep.trainers.samplers import ddim_sample, starting_noise
@@ -18,11 +19,12 @@ PICTURES = (".png", ".jpg", ".jpeg")
 def draw_samples(model: Path, out: Path, *, count: int, steps: int, seed: int) -> list[Path]:
     """Draw from a trained model: images in a square grid; vectors as a scatter picture and an array beside it.
 
-    A model that tells several laws apart is drawn from under condition 0, its main law; a composed one by its own sampler.
+    A model that tells several laws apart is drawn from under condition 0, its main law; a composed one by its own sampler,
+    one that was trained as a stochastic chain by that.
 
     Args:
         out: the picture.
-        steps: DDIM steps; the sampler of a product of laws has its own levels.
+        steps: DDIM steps; the sampler of a product of laws has its own levels, a chain its own steps.
     Returns: the files written.
     Raises: ConfigError for a folder that is no such model, or an `out` that cannot be a picture.
     """
@@ -45,7 +47,7 @@ def draw_samples(model: Path, out: Path, *, count: int, steps: int, seed: int) -
 
 def _draw(model: Path, count: int, steps: int, seed: int) -> np.ndarray:
     """float32 (count, *sample_shape). Raises: ValueError naming what is wrong with the folder."""
-    composed = (model / COMPOSITION_FILE).is_file()
+    composed, chain = (model / COMPOSITION_FILE).is_file(), load_chain(model)
     if composed:
         denoiser, schedule, composition = load_composition(model)
     else:
@@ -56,6 +58,8 @@ def _draw(model: Path, count: int, steps: int, seed: int) -> np.ndarray:
     with torch.inference_mode():
         if composed:
             return composition.sample(denoiser, start, schedule, num_sampling_steps=steps).numpy()
+        if chain is not None:
+            return chain.sample(denoiser.eval(), start, seed=seed).numpy()
         return ddim_sample(denoiser, start, schedule, num_sampling_steps=steps).numpy()
 
 

@@ -14,14 +14,18 @@ Source: Song, Meng and Ermon, ICLR 2021, eq. 12; Bao et al., Analytic-DPM, ICLR 
 predictions, Bao et al., ICML 2022.
 """
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from dualsweep.trainers.estimators import Predictor
 from dualsweep.trainers.noise_schedule import NoiseSchedule
+
+CHAIN_FILE = "chain.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +149,36 @@ class Chain:
         """Log density of each transition under one model less that under the other, (steps, n), with every graph kept."""
         squares, theirs = ((states[1:] - m).square().flatten(2).sum(2) for m in (means, others))
         return (theirs - squares) * _column(0.5 / np.square(self.stds), squares)
+
+
+def save_chain(chain: Chain, folder: Path) -> None:
+    """Write ``chain.json`` beside a model that is to be sampled by this chain."""
+    values = {name: getattr(chain, name).tolist() for name in ("timesteps", "alpha_bar", "stds")}
+    text = json.dumps({**values, "clip_sample": chain.clip_sample}, indent=1)
+    Path(folder, CHAIN_FILE).write_text(text, encoding="utf-8")
+
+
+def load_chain(folder: str | Path) -> Chain | None:
+    """The chain beside a model; None where there is no file.
+
+    Raises: ValueError naming the file when it is not whole.
+    """
+    path = Path(folder) / CHAIN_FILE
+    if not path.is_file():
+        return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        chain = Chain(
+            timesteps=np.array(stored["timesteps"], dtype=np.int64),
+            alpha_bar=np.array(stored["alpha_bar"], dtype=np.float64),
+            stds=np.array(stored["stds"], dtype=np.float64),
+            clip_sample=bool(stored["clip_sample"]),
+        )
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no chain can be read ({error}); give a folder that a sweep saved") from error
+    if not len(chain.timesteps) == chain.steps == len(chain.alpha_bar) - 1 >= 1 or not (chain.stds > 0).all():
+        raise ValueError(f"{path}: no chain (its arrays do not fit each other); restore the file")
+    return chain
 
 
 def _column(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:

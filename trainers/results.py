@@ -132,7 +132,7 @@ def evaluate_trial(
         "objective": {
             "value": objective.value,
             "stderr": objective.stderr,
-            "unit": "nats",
+            "unit": objective.unit,
             "meaning": objective.meaning,
         },
         "constraints": _constraint_rows(workspace, problem, measurement, method, summary["kind"]),

@@ -13,6 +13,7 @@ from dualsweep.cli import _closing_table
 from dualsweep.orchestration.config import ConfigError
 from dualsweep.orchestration.sampling import draw_samples
 from dualsweep.trainers.annealed import AnnealedSampler
+from dualsweep.trainers.chains import build_chain, save_chain
 from dualsweep.trainers.methods.composed import ComposedLaw, save_composition
 from dualsweep.trainers.models import build_denoiser, save_model
 from dualsweep.trainers.noise_schedule import NoiseSchedule
@@ -41,6 +42,20 @@ def vectors(tmp_path):
     folder.mkdir(parents=True)
     save_model(denoiser, schedule, folder / "model")
     return folder / "model", denoiser, schedule
+
+
+def test_a_model_with_a_chain_is_sampled_by_it(vectors, tmp_path):
+    model, denoiser, schedule = vectors
+    chain = build_chain(schedule, 8)
+    save_chain(chain, model)
+    _, array = draw_samples(model, tmp_path / "points.png", count=40, steps=10, seed=7)
+    expected = chain.sample(denoiser.eval(), start_of(40, (2,)), seed=7)
+    np.testing.assert_array_equal(np.load(array), expected.detach().numpy())
+    text = (model / "chain.json").read_text(encoding="utf-8")
+    for damaged in (text[:-9], text.replace('"stds": [', '"stds": [0.0,')):
+        (model / "chain.json").write_text(damaged, encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"chain\.json"):
+            draw_samples(model, tmp_path / "points.png", count=4, steps=10, seed=7)
 
 
 class UnderCondition(torch.nn.Module):

@@ -69,10 +69,11 @@ class PrimalTerms:
 class Objective:
     """What the requirements cost, on draws that training never used."""
 
-    value: float  # nats
+    value: float
     stderr: float
     meaning: str
     errors: np.ndarray | None = None  # per held-out sample, to compare runs pair by pair
+    unit: str = "nats"
 
 
 def make_batch(

@@ -218,6 +218,7 @@ class DUO(Method):
             float(losses.mean()),
             float(losses.std() / np.sqrt(pairs)) if pairs > 1 else float("inf"),
             f"preference loss of held-out pairs (mean margin {float(margins.mean()):.3g} nats)",
+            unit="loss",
         )
 
     def _held_out(self, samples: np.ndarray) -> torch.Tensor:

@@ -23,18 +23,20 @@ for the sampled log ratios; Roeder, Wu and Duvenaud, Sticking the Landing, NeurI
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from accelerate.utils import reduce
 
-from dualsweep.trainers.chains import Chain, build_chain, chain_timesteps, prediction_errors
+from dualsweep.trainers.chains import Chain, build_chain, chain_timesteps, prediction_errors, save_chain
 from dualsweep.trainers.estimators import Predictor, log_normalizer
 from dualsweep.trainers.evaluate import EVALUATION_COUNTER
 from dualsweep.trainers.labellers import Labeller
 from dualsweep.trainers.methods.base import CALIBRATION_COUNTER, Batch, Method, Objective, PrimalTerms
 from dualsweep.trainers.metrics import Draws, Measurement, mean_and_stderr, mean_measurement
+from dualsweep.trainers.models import Denoiser
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.samplers import starting_noise
 
@@ -294,6 +296,11 @@ class OnPolicy(Method):
             denoiser, start.to(self.setting.device), seed=self.setting.seed, batch_size=batch_size
         )
         return drawn.cpu()
+
+    def save(self, denoiser: Denoiser, multipliers: torch.Tensor, folder: Path) -> None:
+        """The model and its chain: other samplers of it draw from other laws."""
+        super().save(denoiser, multipliers, folder)
+        save_chain(self.chain, folder)
 
     def dual_value(self, multipliers: np.ndarray) -> tuple[float, float]:
         """-log E_q[exp(-sign lambda . f)] over the pretrained chain's pool (methods.md H4, H5)."""
