@@ -134,7 +134,8 @@ def sync(name: Name, storage: Storage = None) -> None:
 
     done = deliver_again(_brought(storage, name, models=True), name)
     if done.delivered:
-        console.print("delivered: " + ", ".join(f"{count} {kind}" for kind, count in done.delivered.items()))
+        parts = [f"{count} {kind if count > 1 else kind.removesuffix('s')}" for kind, count in done.delivered.items()]
+        console.print("delivered " + ", ".join(parts), highlight=False, soft_wrap=True)
     elif not done.undelivered:
         console.print("nothing to deliver: MLflow has everything")
     _say_undelivered(name, done.undelivered)

@@ -169,7 +169,7 @@ class Tracker:
 
         def deliver() -> None:
             every_tag = {"dualsweep.status": status, **(tags or {})}
-            self._delivered["summaries"] += self._log_final(None, metrics or {}, every_tag, step=0, at=now)
+            self._delivered["sweep totals"] += self._log_final(None, metrics or {}, every_tag, step=0, at=now)
             if report_dir is not None:
                 upload = partial(self._upload_folder, None, report_dir, "report")
                 self._once(None, "report", "reports", _fingerprint(report_dir), upload)
@@ -462,7 +462,7 @@ class Tracker:
         run_id = self._run_id(trial_id)
         if self._client().get_run(run_id).info.status != status:  # a repetition must not move the end time
             self._client().set_terminated(run_id, status)
-            self._delivered["ends of runs"] += 1
+            self._delivered["run ends"] += 1
         for owner in [trial_id] if trial_id is not None else list(self._in_doubt):
             self._settle(owner)
 

@@ -6,7 +6,6 @@ All on real stores: SQLite files, and one real `mlflow server` on the loopback t
 import json
 import math
 import os
-import random
 import shutil
 import socket
 import subprocess
@@ -14,7 +13,6 @@ import sys
 import textwrap
 import time
 import traceback
-import urllib.request
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +25,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from dualsweep.orchestration import tracking, tracking_uri
+from dualsweep.orchestration import tracking
 from dualsweep.orchestration.delivery import sync_sweep
 from dualsweep.orchestration.trace import COLUMNS, VECTOR_COLUMNS, row_metrics, write_trace
 from dualsweep.orchestration.tracking import Tracker, check_tracking, resolve_tracking_uri
@@ -92,14 +90,6 @@ def pipeline_folder(tmp_path_factory):
     torch.manual_seed(0)
     DDPMPipeline(small_unet(), DDPMScheduler(num_train_timesteps=20)).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory):
-    """An MLflow database with its tables: making them takes 2 s, copying them none."""
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    tracking_uri.mlflow_client(f"sqlite:///{path}").search_experiments()
-    return path
 
 
 @pytest.fixture
@@ -474,43 +464,10 @@ def test_the_sweep_neither_waits_nor_fails_when_mlflow_never_answers():
         assert sum(item.count for item in tracker.undelivered()) == 2006
 
 
-def free_port():
-    """A port that stays free while the server is down: outside the range from which clients draw theirs."""
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 50):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-    raise RuntimeError("no free port between 20000 and 32000")
-
-
-@contextmanager
-def mlflow_server(port, folder):
-    """A real server, up when the block begins, killed when it ends."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with open(folder / "server.log", "ab") as log:
-        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "server.log").read_text(encoding="utf-8")
-                assert time.monotonic() < deadline, "the server did not start"
-                time.sleep(0.2)
-        yield
-    finally:
-        os.killpg(process.pid, 9)  # our own process group: the server and its worker
-        process.wait()
-
-
 @pytest.mark.slow
-def test_a_server_down_then_up_then_killed_then_up_gets_each_row_once(tmp_path, empty_database, pipeline_folder):
-    (tmp_path / "server.db").write_bytes(empty_database.read_bytes())
+def test_a_server_down_then_up_then_killed_then_up_gets_each_row_once(
+    tmp_path, mlflow_server, free_port, pipeline_folder
+):
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     rows = make_rows(90)
