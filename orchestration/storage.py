@@ -38,7 +38,7 @@ def open_store(storage: str) -> Store:
         return Store(Path(storage).expanduser().absolute())
     if parts.scheme == "file":
         return Store(Path(unquote(parts.path)).absolute())
-    if "@" in parts.netloc:
+    if "@" in parts.netloc and not parts.netloc.startswith("anonymous@"):
         raise ConfigError(
             f"storage: {parts.scheme}://…@{parts.netloc.rpartition('@')[2]} holds credentials, which would end up in files and "
             "in MLflow; give them in the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...)"

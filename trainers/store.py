@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from pyarrow import ArrowException
+from pyarrow import ArrowException, ArrowInvalid
 from pyarrow import fs as pafs
 from safetensors import SafetensorError
 
@@ -29,6 +29,12 @@ MANIFEST = ".manifest.json"  # beside the folder it speaks for
 PATIENCE_VARIABLE = "DUALSWEEP_STORAGE_PATIENCE_S"
 PATIENCE_S = 90.0
 LONGEST_PAUSE_S = 10.0
+# One request for a small S3 object instead of the three of a multipart upload; Google's client would retry for ever.
+DEFAULT_OPTIONS = {
+    "s3": {"allow_delayed_open": "true"},
+    "gs": {"retry_limit_seconds": "10"},
+    "gcs": {"retry_limit_seconds": "10"},
+}
 # Trouble of this machine's own disk, which waiting does not mend.
 LOCAL_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
@@ -221,7 +227,7 @@ class Store:
             try:
                 remote, base = _connect(self.uri)
                 return call(remote, f"{base}/{path.relative_to(self.root).as_posix()}")
-            except (FileNotFoundError, DamagedError):
+            except (FileNotFoundError, ArrowInvalid):  # not there; not an address
                 raise
             except (OSError, ArrowException) as error:
                 if isinstance(error, OSError) and error.errno in LOCAL_TROUBLE:
@@ -251,9 +257,8 @@ _LOCAL = pafs.LocalFileSystem()
 def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
     """The file system of an address, and the path in it."""
     parts = urlsplit(uri)
-    if parts.scheme == "s3" and "allow_delayed_open" not in dict(parse_qsl(parts.query)):
-        # One request for a small object instead of the three of a multipart upload.
-        parts = parts._replace(query=urlencode([*parse_qsl(parts.query), ("allow_delayed_open", "true")]))
+    query = {**DEFAULT_OPTIONS.get(parts.scheme, {}), **dict(parse_qsl(parts.query))}
+    parts = parts._replace(query=urlencode(query))
     remote, path = pafs.FileSystem.from_uri(parts.geturl())
     return remote, path.rstrip("/")
 
