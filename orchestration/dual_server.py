@@ -125,7 +125,9 @@ class DualServer:
             return
         if status == "diverged" and result is None:
             if attempt < self._attempt_limit.get(trial_id, 0):
-                await self._perform([{"kind": "retry", "trial": trial_id, "attempt": attempt, "error": error}])
+                said = (error or "numbers that are not finite").strip().splitlines()[-1]
+                note = {"kind": "note", "trial": trial_id, "attempt": attempt, "text": f"tried again after {said}"}
+                await self._perform([{"kind": "retry", "trial": trial_id, "attempt": attempt, "error": error}, note])
                 return
             error = f"{(error or '').rstrip()} (attempt {attempt}, the last that compute.max_failures allows)"
         await self._perform([{"kind": "end", "trial": trial_id, "status": status, "result": result, "error": error}])

@@ -268,6 +268,7 @@ class _Trial:
         if not together or self.workspace.rank == 0:
             address = {"attempt": self.assignment.attempt, "seed": self.workspace.config["seed"]}
             write_report(path, {"error": text, **address, **what})
+            self.store.push(path)
         return path
 
     # -- dual steps ----------------------------------------------------------------------------------------------

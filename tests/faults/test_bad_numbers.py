@@ -1,0 +1,270 @@
+"""NaN and infinity in a real run, at a random moment: nothing moves by them, the trial retries, then fails by name.
+
+`serve` trains against the DualServer itself; the last tests put two workers of Ray Train between them, of which one
+alone meets the bad number.
+"""
+
+import asyncio
+import json
+import math
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from dualsweep.orchestration.config import SweepConfig
+from dualsweep.orchestration.dual_ledger import FINAL, DualLedger
+from dualsweep.orchestration.dual_server import DualServer, RayDual
+from dualsweep.orchestration.journal import read_journal
+from dualsweep.trainers import loop
+from dualsweep.trainers.assignment import Assignment
+from dualsweep.trainers.methods import METHODS, alignment
+from dualsweep.trainers.worker import serve
+
+PRIMAL_STEPS, INTERVAL = 12, 2
+MAX_FAILURES = 2
+VALUES = {
+    "name": "faults",
+    "data": {
+        "dataset": "gaussian_mixture",
+        "means": [[-1.0, 0.0], [1.0, 0.5], [0.0, -1.0]],
+        "stds": [0.3, 0.2, 0.2],
+        "weights": [0.8, 0.1, 0.1],
+        "count": 200,
+        "minority": {"classes": [1, 2]},
+    },
+    "model": {"kind": "mlp", "width": 16, "depth": 1},
+    "schedule": {"num_train_timesteps": 50, "beta_end": 0.2},
+    "pretrain": {"steps": 8, "batch_size": 16, "warmup_steps": 1, "num_shards": 2},
+    "primal": {
+        "steps": PRIMAL_STEPS,
+        "batch_size": 16,
+        "constraint_batch_size": 8,
+        "warmup_steps": 2,
+        "num_shards": 2,
+        "ema_decay": 0.5,
+    },
+    "dual": {"rule": "ascent", "step_size": 0.05, "primal_steps_per_dual_step": INTERVAL},
+    "measure": {"num_samples": 24, "num_sampling_steps": 4},
+    "evaluation": {"num_samples": 48, "num_sampling_steps": 4, "noise_levels": 6, "grid_samples": 9},
+    "thresholds": {"unit": "share", "grid": {"minority": [0.3]}},
+    "checkpoint_every_dual_steps": 2,
+}
+REWARDS = {
+    "method": "alignment",
+    "formulation": {
+        "rewards": {"right": {"kind": "linear", "direction": [1.0, 0.0]}},
+        "num_sampling_steps": 6,
+        "pool": 128,
+    },
+    "thresholds": {"unit": "reward", "grid": {"rewards": [0.3]}},
+}
+THRESHOLDS = {"fairness": {"component_1": 0.3, "component_2": 0.3}, "alignment": {"right": 0.3}}
+
+
+def config_of(**changes) -> SweepConfig:
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in VALUES.items()}
+    for section, fields in changes.items():
+        merge = isinstance(fields, dict) and section != "thresholds"
+        values[section] = {**values.get(section, {}), **fields} if merge else fields
+    return SweepConfig.from_dict(values)
+
+
+class InThread(RayDual):
+    """The DualServer in a thread of this process instead of an actor: the same calls, the same journal."""
+
+    def __init__(self, folder: Path) -> None:
+        self.server, self._loop = DualServer(str(folder), ""), asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+
+    def call(self, method, *args, timeout_s=60.0):
+        return asyncio.run_coroutine_threadsafe(getattr(self.server, method)(*args), self._loop).result(timeout_s)
+
+    def lease(self, slot, finished, workers=1):
+        return self.call("lease", slot, finished, workers, timeout_s=600)
+
+
+def assignment_of(folder: Path, config: SweepConfig, trial_id: str, kind: str = "constrained") -> dict:
+    return Assignment(
+        trial_id=trial_id,
+        label=trial_id,
+        kind=kind,
+        attempt=0,
+        thresholds=THRESHOLDS[config.method] if kind == "constrained" else {},
+        fixed_weight=None,
+        trial_dir=str(folder / "trials" / trial_id),
+        base_dir=str(folder / "base"),
+    ).to_dict()
+
+
+def hand_out(server: RayDual, folder: Path, config: SweepConfig, trials: list[str], *, limit_s: float) -> None:
+    """One trial after the other, as Tune hands them out; the first is the pretraining. Then the slot is closed."""
+    deadline = time.monotonic() + limit_s
+    for trial_id in ["pretrained", *trials]:
+        kind = "base" if trial_id == "pretrained" else "constrained"
+        server.call("assign", "slot", assignment_of(folder, config, trial_id, kind), MAX_FAILURES)
+        while server.call("progress", trial_id, 0, 10**6, 5.0)["status"] not in FINAL:
+            assert time.monotonic() < deadline, f"{trial_id} did not end in {limit_s} s"
+    server.call("assign", "slot", None)
+
+
+def run_trials(folder: Path, config: SweepConfig, trials: list[str]) -> DualLedger:
+    """The books after these trials were trained in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    server = InThread(folder)
+    worker = threading.Thread(
+        target=serve, args=(server, "slot", config.to_dict(), config.data), kwargs={"num_threads": 1}, daemon=True
+    )
+    worker.start()
+    hand_out(server, folder, config, trials, limit_s=60)
+    worker.join(30)
+    assert not worker.is_alive()
+    return server.server.ledger
+
+
+def outcome(ledger: DualLedger, folder: Path, trial_id: str) -> tuple[list[dict], dict[str, bytes]]:
+    """Rows and weights of a trial, without what tells the time."""
+    rows = [{k: v for k, v in row.items() if k not in ("attempt", "wall_time")} for row in ledger.book(trial_id).rows]
+    (path,) = (folder / "trials" / trial_id / "model").rglob("*.safetensors")
+    return rows, {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
+
+
+class Fault:
+    """Strikes `times` times at one step of the trials (never of the pretraining)."""
+
+    def __init__(self, kind: str, step: int, times: int, value: float) -> None:
+        self.kind, self.step, self.left, self.value = kind, step, times, value
+        self.armed = False
+
+    def strikes(self, step: int) -> bool:
+        due = self.left > 0 and step == self.step
+        self.left -= due
+        return due
+
+    @contextmanager
+    def installed(self):
+        """Real code, with one number of it spoilt."""
+        taken, measure, make_reward = loop.primal_step, METHODS["fairness"].measure, alignment.make_reward
+
+        def primal_step(train, method, batch, *arguments, **given):
+            if method.name not in METHODS or self.kind == "violation" or not self.strikes(train.primal_step + 1):
+                return taken(train, method, batch, *arguments, **given)
+            hook = None
+            if self.kind == "sample":
+                batch.x_0[3, 1] = self.value
+            elif self.kind == "gradient":
+                hook = next(train.denoiser.parameters()).register_hook(lambda gradient: gradient * self.value)
+            self.armed = True
+            try:
+                return taken(train, method, batch, *arguments, **given)
+            finally:
+                self.armed = False
+                if hook is not None:
+                    hook.remove()
+
+        def spoilt_measure(method, *arguments, counter, **given):
+            draws = measure(method, *arguments, counter=counter, **given)
+            if self.kind == "violation" and draws is not None and self.strikes((counter + 1) * INTERVAL):
+                draws.rows[0, 0] = self.value
+            return draws
+
+        def spoilt_reward(*arguments, **given):
+            reward = make_reward(*arguments, **given)
+
+            def judged(samples):
+                found = reward(samples)
+                return found.index_fill(0, torch.tensor([5]), self.value) if self.armed else found
+
+            return judged
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "primal_step", primal_step)
+            patch.setattr(METHODS["fairness"], "measure", spoilt_measure)
+            patch.setattr(alignment, "make_reward", spoilt_reward)
+            yield self
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Rows and weights of a calm run of each method."""
+    made = {}
+
+    def get(method: str):
+        if method not in made:
+            folder = tmp_path_factory.mktemp(method)
+            config = config_of(**(REWARDS if method == "alignment" else {}))
+            made[method] = outcome(run_trials(folder, config, ["calm"]), folder, "calm")
+        return made[method]
+
+    return get
+
+
+KINDS = {"sample": "fairness", "gradient": "fairness", "violation": "fairness", "reward": "alignment"}
+
+
+def struck(kind: str, moment, times: int) -> Fault:
+    value = moment.choice([math.nan, math.inf]) if kind != "gradient" else math.nan
+    step = moment.randint(1, PRIMAL_STEPS)
+    step += step % INTERVAL if kind == "violation" else 0
+    print(f"{kind} is {value} at primal step {step}, {times} times")
+    return Fault(kind, step, times, value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_number_that_is_bad_once_costs_an_attempt_and_changes_nothing(kind, moment, tmp_path, undisturbed):
+    method = KINDS[kind]
+    config = config_of(**(REWARDS if method == "alignment" else {}))
+    with struck(kind, moment, 1).installed():
+        ledger = run_trials(tmp_path, config, ["struck"])
+    book = ledger.book("struck")
+    assert (book.status, book.attempt, book.error) == ("completed", 2, None)
+    assert outcome(ledger, tmp_path, "struck") == undisturbed(method)
+    assert [path.name for path in (tmp_path / "trials" / "struck").glob("bad_numbers*")] == ["bad_numbers-1.json"]
+    assert any("non-finite" in note for note in book.notes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_number_that_stays_bad_fails_by_name_within_the_budget_and_the_next_trial_runs(
+    kind, moment, tmp_path, undisturbed
+):
+    method = KINDS[kind]
+    config = config_of(**(REWARDS if method == "alignment" else {}))
+    with struck(kind, moment, MAX_FAILURES + 1).installed() as fault:
+        ledger = run_trials(tmp_path, config, ["struck", "next"])
+    book = ledger.book("struck")
+    assert (book.status, book.attempt, book.result) == ("diverged", MAX_FAILURES + 1, None)
+    line = book.error.strip().splitlines()[-1]
+    assert "non-finite" in line and "compute.max_failures" in line and "Traceback" in book.error
+    folder = tmp_path / "trials" / "struck"
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("bad_numbers-*.json"))]
+    assert [report["attempt"] for report in reports] == [1, 2, 3]
+    assert str(folder / "bad_numbers-3.json") in line
+    # Rows before the fault stand, none has come after it, and no checkpoint holds the number.
+    assert len(book.rows) == (fault.step - 1) // INTERVAL
+    for path in folder.glob("checkpoints/*/tensors.safetensors"):
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in load_file(path).values())
+    if kind == "violation":
+        assert f"dual step {fault.step // INTERVAL}" in line and "component_1" in line
+        assert reports[0]["primal_steps"] == [fault.step - 1, fault.step]
+    else:
+        assert f"at primal step {fault.step} " in line
+        (part,) = reports[0]["workers"]
+        stream = part["streams"]["trajectory" if kind == "reward" else "main"]
+        assert len(stream["timesteps"]) == 16
+        if kind == "sample":
+            assert stream["not_finite"] == [3] and f"main samples [{stream['indices'][3]}]" in line
+        elif kind == "reward":
+            assert stream["not_finite"] and stream["indices"] is None and "trajectory noise draws [" in line
+        else:
+            assert "the batch: rank 0 shards [0, 1] main samples" in line
+    assert outcome(ledger, tmp_path, "next") == undisturbed(method)
+    replayed = DualLedger()
+    for record in read_journal(tmp_path / "journal.jsonl"):
+        replayed.apply(record)
+    again = replayed.book("struck")
+    assert (again.status, again.attempt, again.error, again.rows) == (book.status, book.attempt, book.error, book.rows)
