@@ -292,7 +292,7 @@ class DivergenceConfig(_Section):
     """When a run that is still finite counts as running away, and stops as `diverged`."""
 
     factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 1e4
-    """The objective or a multiplier is this many times its smallest size so far (at least 1); null: never stop."""
+    """The objective is this many times its usual size, or a multiplier its start (at least 1); null: never stop."""
     dual_steps: Annotated[int, Field(ge=2)] = 5
     """For so many dual steps in a row, without falling."""
 

@@ -222,7 +222,9 @@ class _Trial:
         limits = self.workspace.config["divergence"]
         if limits["factor"] is None:
             return None
-        return RunawayDetector(self.names, **limits, state=train.extra.get("runaway"))
+        starts = dict(zip(self.names, self._rule()[1], strict=True))
+        scale = 1.0 if self.is_base else self.method.objective_scale
+        return RunawayDetector(starts, objective_scale=scale, **limits, state=train.extra.get("runaway", ()))
 
     @contextmanager
     def _named_batch(

@@ -7,6 +7,7 @@ alone meets the bad number.
 import asyncio
 import json
 import math
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from dualsweep.constraints import NonFiniteError
 from dualsweep.orchestration.config import SweepConfig
 from dualsweep.orchestration.dual_ledger import FINAL, DualLedger
 from dualsweep.orchestration.dual_server import DualServer, RayDual
@@ -268,3 +270,145 @@ def test_a_number_that_stays_bad_fails_by_name_within_the_budget_and_the_next_tr
         replayed.apply(record)
     again = replayed.book("struck")
     assert (again.status, again.attempt, again.error, again.rows) == (book.status, book.attempt, book.error, book.rows)
+
+
+# -- finite, but running away ------------------------------------------------------------------------------------------
+
+RUNAWAYS = {
+    # Steps of a hundred in every weight: a loss that was 1 is 1e6 at once.
+    "objective": {"primal": {"lr": 100.0}},
+    # A threshold far off and a step size of another unit: the multiplier only grows.
+    "multiplier of component_2": {"dual": {"step_size": 1e6}},
+}
+
+
+@pytest.mark.parametrize("what", RUNAWAYS)
+def test_a_run_that_runs_away_is_stopped_early_with_its_reason_and_evaluated_nowhere(what, tmp_path):
+    config = config_of(**{"divergence": {"dual_steps": 2}} | RUNAWAYS[what])
+    ledger = run_trials(tmp_path, config, ["away", "next"])
+    book = ledger.book("away")
+    assert (book.status, book.attempt) == ("diverged", 1)  # a retry would take the same steps
+    assert book.result["reason"] == book.result["error"] == book.error
+    assert book.error.startswith("diverged at dual step ") and f"{what} grew to" in book.error
+    assert len(book.rows) < PRIMAL_STEPS // INTERVAL and book.result["dual_steps"] == len(book.rows)
+    assert book.result["objective"] is None and book.result["certificate"] is None and not book.result["constraints"]
+    assert not (tmp_path / "trials" / "away" / "model").exists()
+    assert ledger.book("next").status == "diverged"  # the slot went on
+    calm = config_of(**{"divergence": {"factor": None}} | RUNAWAYS[what])
+    assert run_trials(tmp_path / "unwatched", calm, ["away"]).book("away").status == "completed"
+
+
+def test_a_pretraining_that_runs_away_leaves_no_model_and_its_trials_say_why(tmp_path):
+    config = config_of(pretrain={"lr": 100.0}, divergence={"dual_steps": 2})
+    ledger = run_trials(tmp_path, config, ["orphan"])
+    assert ledger.book("pretrained").status == "diverged"
+    assert not (tmp_path / "base" / "base.json").exists()
+    assert ledger.book("orphan").status == "failed" and "objective grew to" in ledger.book("orphan").error
+
+
+# -- one worker of two -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def local_ray(tmp_path_factory):
+    """Two CPUs for two workers, started once."""
+    import ray
+
+    from dualsweep.orchestration.cluster import quiet_environment, start_ray, stop_ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.chdir(tmp_path_factory.mktemp("ray"))
+        quiet_environment()
+        start_ray(num_cpus=2)
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers can't import a test
+        yield
+        stop_ray()
+
+
+# trial -> (rank, primal step, attempts it strikes in, kind); travels to the workers inside the train function
+Plan = dict[str, tuple[int, int, int, str]]
+
+
+def spoilt_train_loop(plan: Plan, scaled: bool):
+    """The workers' train function, with numbers spoilt on one rank as `plan` says; a scaler makes it fp16's path."""
+
+    def train_loop(job):
+        from dualsweep.orchestration.worker_group import train_loop as sound
+        from dualsweep.trainers import worker
+
+        run, taken, method_of = worker.run_trial, loop.primal_step, METHODS["fairness"]
+        measure = method_of.measure
+        now = {}
+
+        def strikes(workspace_rank, step, kind):
+            rank, due, attempts, wanted = plan.get(now["trial"], (None, 0, 0, ""))
+            return (workspace_rank, step, kind) == (rank, due, wanted) and now["attempt"] <= attempts
+
+        def run_trial(workspace, assignment, server):
+            now.update(trial=assignment.trial_id, attempt=assignment.attempt, rank=workspace.rank)
+            if scaled:
+                workspace.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+            return run(workspace, assignment, server)
+
+        def primal_step(train, method, batch, *arguments, **given):
+            if strikes(now["rank"], train.primal_step + 1, "sample"):
+                batch.x_0[1, 0] = math.nan
+            return taken(train, method, batch, *arguments, **given)
+
+        def spoilt_measure(method, *arguments, counter, **given):
+            if strikes(now["rank"], (counter + 1) * INTERVAL, "samples of the model"):
+                raise NonFiniteError("samples of the model are not finite")
+            return measure(method, *arguments, counter=counter, **given)
+
+        worker.run_trial, loop.primal_step, method_of.measure = run_trial, primal_step, spoilt_measure
+        sound(job)
+
+    return train_loop
+
+
+def run_group(folder: Path, config: SweepConfig, plan: Plan, *, scaled: bool) -> DualLedger:
+    """The books after a Ray Train group of two trained the plan's trials."""
+    from dualsweep.orchestration import worker_group
+    from dualsweep.orchestration.dual_server import start_dual_server
+
+    folder.mkdir(parents=True)
+    server = start_dual_server(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_group, "train_loop", spoilt_train_loop(plan, scaled))
+        group = worker_group.WorkerGroup("slot", config, folder)
+        hand_out(server, folder, config, list(plan), limit_s=400)
+        group.join()
+    assert not group.alive and group.error is None
+    server.shutdown()
+    ledger = DualLedger()
+    for record in read_journal(folder / "journal.jsonl"):
+        ledger.apply(record)
+    return ledger
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("scaled", [False, True], ids=["fp32", "loss scaler"])
+def test_one_rank_of_two_meets_it_and_the_group_retries_then_fails_by_name(scaled, local_ray, moment, tmp_path):
+    config = config_of(compute={"workers": 2})
+    rank = moment.randrange(2)
+    step = moment.randint(1, PRIMAL_STEPS)
+    plan = {"struck": (rank, step, 99, "sample"), "next": (1, 2 * moment.randint(1, 6), 1, "samples of the model")}
+    print(plan)
+    ledger = run_group(tmp_path / "sweep", config, plan, scaled=scaled)
+    book = ledger.book("struck")
+    line = book.error.strip().splitlines()[-1]
+    assert (book.status, book.attempt) == ("diverged", MAX_FAILURES + 1), book.error
+    assert f"non-finite loss at primal step {step} " in line and f"rank {rank} shards [{rank}] main samples [" in line
+    assert "compute.max_failures" in line and len(book.rows) == (step - 1) // INTERVAL
+    folder = tmp_path / "sweep" / "trials" / "struck"
+    report = json.loads((folder / "bad_numbers-3.json").read_text(encoding="utf-8"))
+    assert [part["rank"] for part in report["workers"]] == [0, 1]
+    assert report["workers"][rank]["streams"]["main"]["not_finite"] == [1]
+    assert report["workers"][1 - rank]["streams"]["main"]["not_finite"] == []
+    # Only one rank knew of the second trial's; it said so, and the trial went on from its checkpoint.
+    following = ledger.book("next")
+    assert (following.status, following.attempt) == ("completed", 2), following.error
+    assert len(following.rows) == PRIMAL_STEPS // INTERVAL
+    assert any("samples of the model are not finite" in note for note in following.notes)

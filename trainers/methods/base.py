@@ -168,6 +168,11 @@ class Method:
         """False where only the multipliers move (dual-only): the loop then makes no optimizer step."""
         return True
 
+    @property
+    def objective_scale(self) -> float:
+        """Size of the objective in a sound run: a mean squared error of noise of variance 1 unless a formulation says else."""
+        return 1.0
+
     def domain(self, constraints: Sequence[Constraint]) -> DualDomain:
         """Where the multipliers may live."""
         return NonNegative()

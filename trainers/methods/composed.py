@@ -151,6 +151,11 @@ class Composed(Method):
         return self.setting.options["primal"] == "distill"
 
     @property
+    def objective_scale(self) -> float:
+        """Nats, which add up over the elements of a sample."""
+        return float(np.prod(self.setting.data.sample_shape))
+
+    @property
     def set_conditions(self) -> list[int]:
         """Conditions of the constraints' sets in the multipliers' order; of all sets in a run without constraints."""
         known = list(self.setting.data.constraints)

@@ -93,6 +93,12 @@ class DUO(Method):
         return self.setting.unit == "loss"
 
     @property
+    def objective_scale(self) -> float:
+        """The loss of a pair grows with beta times its margin, in nats or, as published, a mean over elements."""
+        elements = 1 if self._published else np.prod(self.setting.data.sample_shape)
+        return float(max(1.0, self.setting.options["beta"]) * elements)
+
+    @property
     def noise_shape(self) -> tuple[int, ...]:
         return (1 if self._published else self.setting.options["levels"], *self.setting.data.sample_shape)
 

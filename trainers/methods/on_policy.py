@@ -90,6 +90,11 @@ class OnPolicy(Method):
     def backpropagates(self) -> bool:
         return False
 
+    @property
+    def objective_scale(self) -> float:
+        """Nats, which add up over the elements of a sample."""
+        return float(math.prod(self.setting.data.sample_shape))
+
     # -- the pretrained chain -----------------------------------------------------------------------------------------
 
     @cached_property
