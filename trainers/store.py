@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -70,7 +70,8 @@ def writing_to(path: Path, part: Path | None = None) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if part is not None:
-            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+            with suppress(OSError):  # a read-only disk lets nothing go; the first error counts
+                shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
         if isinstance(error, StorageError):
             raise
         raise local_trouble(path, error) from error

@@ -178,7 +178,7 @@ def test_a_folder_damaged_on_the_store_is_refused_by_file(damage, bucket, addres
 
 
 def test_a_push_that_is_killed_leaves_nothing_that_counts(bucket, address, machine, moment):
-    """At three random moments; the next push makes it whole."""
+    """At a random moment; the next push makes it whole."""
     store = open_store(address)
     written = some_files(store.root / "model", 2)
     script = "import sys; from pathlib import Path; from dualsweep.orchestration.storage import open_store\n"
@@ -421,7 +421,7 @@ def test_a_checkpoint_cut_short_costs_its_steps_is_told_and_keeps_no_slot(
         machine("third")
         there = open_store(address)
         folder = there.root / "small" / "trials" / "constrained"
-        assert there.fetch(folder / "model") and (folder / "model" / "model_index.json").is_file()
+        assert there.fetch(folder / "model") and any((folder / "model").iterdir())
         assert "samples.npy" in there.files(folder)
 
 
@@ -612,7 +612,7 @@ def test_a_sweep_on_s3_lives_through_an_outage_and_is_resumed_on_another_machine
     (trial,) = (folder / "trials").iterdir()
     result = json.loads((trial / "result.json").read_text(encoding="utf-8"))
     assert result["status"] == "completed" and result["dual_steps"] == 120
-    assert (trial / "trace.parquet").is_file() and (trial / "model" / "model_index.json").is_file()
+    assert (trial / "trace.parquet").is_file() and any((trial / "model").iterdir())
     assert (folder / "report" / "index.html").is_file()
     assert "not running" in status_table(store.root, "small").title
     sampled = dualsweep(
