@@ -17,8 +17,8 @@ from dualsweep.orchestration.dual_server import watched
 from dualsweep.orchestration.journal import JournalError
 from dualsweep.orchestration.live import trial_table
 from dualsweep.orchestration.report import write_report
-from dualsweep.orchestration.storage import sweep_id
-from dualsweep.orchestration.sweep import is_running, stored_config
+from dualsweep.orchestration.storage import is_running, sweep_id
+from dualsweep.orchestration.sweep import stored_config
 from dualsweep.orchestration.tracking import Tracker, resolve_tracking_uri
 from dualsweep.orchestration.units import calibration_text, unit_of_config
 from dualsweep.orchestration.watch import TrialView

@@ -1,6 +1,7 @@
 """Where sweeps live: a local or shared folder, or a remote address with a working folder on every node."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -123,6 +124,8 @@ def bring(store: Store, name: str, *, trials: bool = False, models: bool = False
         return folder
     try:
         if not store.exists(folder / "sweep.yaml"):
+            if not is_running(folder):  # it was removed there; a driver that has just started will push it
+                (folder / "sweep.yaml").unlink(missing_ok=True)
             return folder
         (folder / DRIVER_FILE).unlink(missing_ok=True)
         store.fetch_files(folder)
@@ -234,6 +237,18 @@ def sign_of_life(store: Store, folder: Path) -> Iterator[None]:
         thread.join()
         with contextlib.suppress(StorageError):
             impatient(store).remove_file(path)
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a driver on this machine holds the sweep, or that of another machine has just given a sign of life."""
+    try:
+        with open(folder / "driver.lock", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return has_living_driver(folder)
+    except OSError:
+        return True
+    return has_living_driver(folder)
 
 
 def has_living_driver(folder: Path) -> bool:

@@ -35,7 +35,7 @@ from dualsweep.orchestration.points import Halt, build_search, search_settings
 from dualsweep.orchestration.preflight import Plan, preflight
 from dualsweep.orchestration.report import frontier_table, write_report
 from dualsweep.orchestration.schedulers import trial_scheduler
-from dualsweep.orchestration.storage import forget, has_living_driver, push_outcome, sign_of_life, sweep_id
+from dualsweep.orchestration.storage import forget, push_outcome, sign_of_life, sweep_id
 from dualsweep.orchestration.tracking import Tracker, Undelivered, check_tracking
 from dualsweep.orchestration.watch import Watcher, sweep_metrics, trial_folder
 from dualsweep.trainers.results import push_base, write_base
@@ -381,18 +381,6 @@ def driver_lock(folder: Path, remedy: str) -> Iterator[None]:
                     ) from None
             time.sleep(0.05)
         yield
-
-
-def is_running(folder: Path) -> bool:
-    """Whether a driver on this machine holds the sweep, or that of another machine has just given a sign of life."""
-    try:
-        with open(folder / "driver.lock", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return has_living_driver(folder)
-    except OSError:
-        return True
-    return has_living_driver(folder)
 
 
 @contextlib.contextmanager
