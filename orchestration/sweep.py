@@ -221,7 +221,7 @@ def _conclude(
     for view in watcher.views.values():
         if view.status not in FINAL and not interrupted:
             failed[view.point["label"]] = failed_fit or f"ended as {view.status}"
-    failed.update(watcher.unkept)
+    failed = {**watcher.unkept, **failed}
     status = "interrupted" if interrupted else "failed" if failed else "completed"
     relate_to_unconstrained(plan.folder)
     for view in watcher.views.values():
