@@ -69,7 +69,10 @@ class Journal:
 
 
 class RemoteJournal:
-    """A journal on a remote store. Opening it replays, and begins an epoch; `append` returns once the store has the records."""
+    """A journal on a remote store. Opening it replays, and begins an epoch; `append` returns once the store has the records.
+
+    A superseded writer is not told at once, which would cost a request a record; at the latest when its epoch is full.
+    """
 
     def __init__(self, store: Store, folder: Path) -> None:
         self._store, self._folder, self._writer = store, folder / "journal", uuid.uuid4().hex[:8]
@@ -82,6 +85,11 @@ class RemoteJournal:
         """Write records (plain or encoded) as one object. Raises: StorageError; the same number is written again then."""
         content = b"".join(record if isinstance(record, bytes) else encode_record(record) for record in records)
         if self._number >= EPOCH_OBJECTS:
+            newest = self._store.folders(self._folder)[-1:]
+            if newest != [self._epoch.name]:
+                raise JournalError(
+                    f"{self._store.address(self._folder)}: another DualServer goes on writing it ({newest})"
+                )
             self._begin_epoch()
         self._store.write(self._epoch / _object_name(self._number), content)
         self._history.append(content)

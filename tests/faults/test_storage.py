@@ -243,6 +243,8 @@ def test_a_remote_journal_gives_back_what_was_appended_on_any_machine(address, m
     # The first machine was only thought dead: what it writes now counts for nothing, and spoils nothing.
     journal.append([{"kind": "note", "trial": "ghost", "attempt": 1, "text": "boo"}])
     again.append(RECORDS[5:])
+    with pytest.raises(JournalError, match="another DualServer goes on writing it"):
+        journal.append([{"kind": "note", "trial": "ghost", "attempt": 1, "text": "boo again"}])
     assert RemoteJournal(there, there.root / "sweep").records == RECORDS
 
 
