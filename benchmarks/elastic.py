@@ -20,16 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import yaml
 from _harness import closing_line
 from ray.cluster_utils import Cluster
 
-from dualsweep.constraints import rule_from_config
 from dualsweep.orchestration.cluster import quiet_environment
 from dualsweep.orchestration.config import load_config
-from dualsweep.orchestration.dual_ledger import DualLedger
+from dualsweep.orchestration.dual_ledger import check_dual_steps
 from dualsweep.orchestration.journal import read_journal
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits_fairness.yaml"
@@ -80,7 +78,7 @@ def watch(folder: Path, rounds: int) -> dict[str, list[float]]:
                 print(f"{event:6} {seconds:6.1f} s, {run.redone(after['attempt'])} dual steps redone", flush=True)
         os.killpg(driver.pid, signal.SIGINT)
         driver.wait(timeout=PATIENCE_S)
-        print(check_trace(run.path))
+        print(run.proof())
     finally:
         if driver.poll() is None:
             os.killpg(driver.pid, signal.SIGKILL)
@@ -128,6 +126,13 @@ class Run:
 
         return self._poll(found, what)
 
+    def proof(self) -> str:
+        """Raises: ValueError if a dual step is missing, doubled, or not what the rule makes of the violations."""
+        records = read_journal(self.path)
+        trial_id = next(r["trial"] for r in records if r["kind"] == "step" and r["trial"] != "pretrained")
+        book = check_dual_steps(records, trial_id)
+        return f"{len(book.rows)} dual steps, each once, multipliers exact; {book.superseded_rows} rows superseded"
+
     def _poll(self, found: Callable[[], dict[str, Any] | None], what: str) -> dict[str, Any]:
         deadline = time.monotonic() + PATIENCE_S
         while (row := found()) is None:
@@ -148,25 +153,6 @@ class Run:
         rows = self.steps()
         reached = max(r["dual_step"] for r in rows if r["attempt"] < attempt)
         return reached - min(r["dual_step"] for r in rows if r["attempt"] >= attempt) + 1
-
-
-def check_trace(journal: Path) -> str:
-    """Raises: AssertionError if a dual step is missing, doubled, or not what the rule makes of the violations."""
-    ledger = DualLedger()
-    for record in read_journal(journal):
-        ledger.apply(record)
-    (book,) = (book for book in ledger.trials.values() if book.trial_id != "pretrained")
-    steps = [row["dual_step"] for row in book.rows]
-    assert steps == list(range(1, len(steps) + 1)), "dual steps are not 1 to n"
-    rule_config = next(r["rule"] for r in read_journal(journal) if r["kind"] == "begin" and r["trial"] == book.trial_id)
-    rule = rule_from_config(rule_config, book.problem.relaxation_costs)
-    state = rule.initial(book.problem.names, 0.0, book.problem.domain)
-    start = next(r["state"] for r in read_journal(journal) if r["kind"] == "begin" and r["trial"] == book.trial_id)
-    state = type(state).from_dict(start)
-    for row in book.rows:
-        state = rule.step(state, np.array(row["violations"]), book.problem.domain)
-        assert state.multipliers.tolist() == row["multipliers"], f"dual step {row['dual_step']}"
-    return f"{len(steps)} dual steps, each once, multipliers exact; {book.superseded_rows} rows superseded by rewinds"
 
 
 def drain(cluster: Cluster, node, *, deadline_s: int) -> None:

@@ -4,6 +4,7 @@ Every change is first turned into journal records by the methods here and takes 
 replaying the journal rebuilds exactly the same state.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,7 @@ class TrialBook:
     result: dict[str, Any] | None = None
     error: str | None = None
     notes: list[str] = field(default_factory=list)
+    attempt_limit: int = 0
 
 
 class DualLedger:
@@ -57,6 +59,7 @@ class DualLedger:
 
     def __init__(self) -> None:
         self.trials: dict[str, TrialBook] = {}
+        self.slots: dict[str, dict[str, Any] | None] = {}  # slot -> its assignment; None: the slot is closed
 
     def book(self, trial_id: str) -> TrialBook:
         return self.trials.setdefault(trial_id, TrialBook(trial_id))
@@ -123,9 +126,16 @@ class DualLedger:
 
     def apply(self, record: dict[str, Any]) -> None:
         """Perform one journal record. Replaying all of them in order gives the same ledger."""
-        book = self.book(record["trial"])
         kind = record["kind"]
-        if kind == "begin":
+        if kind == "close":
+            self.slots[record["slot"]] = None
+            return
+        book = self.book(record["trial"])
+        if kind == "assign":
+            self.slots[record["slot"]], book.attempt_limit = record["assignment"], record["attempt_limit"]
+        elif kind == "resized":
+            book.attempt_limit += 1
+        elif kind == "begin":
             book.attempt, book.status, book.directive = record["attempt"], "running", "continue"
             book.problem = Problem.from_dict(record["problem"])
             book.rule = rule_from_config(record["rule"], book.problem.relaxation_costs)
@@ -150,6 +160,32 @@ class DualLedger:
             book.status, book.result, book.error = record["status"], record.get("result"), record.get("error")
         else:
             raise ValueError(f"journal record of unknown kind {kind!r}")
+
+
+def check_dual_steps(records: Sequence[dict[str, Any]], trial_id: str) -> TrialBook:
+    """Proof that no dual step of a trial is missing or doubled, whatever happened to its workers and servers.
+
+    The rule is run again from the first attempt's start over the violations of the final trace: its multipliers must be
+    those of the trace, bit for bit.
+    Returns: the trial's book.
+    Raises: ValueError naming the first dual step that is not what it should be.
+    """
+    ledger, start = DualLedger(), None
+    for record in records:
+        ledger.apply(record)
+        if start is None and record["kind"] == "begin" and record["trial"] == trial_id:
+            start = DualState.from_dict(record["state"])
+    book = ledger.book(trial_id)
+    if start is None or book.problem is None or book.rule is None:
+        raise ValueError(f"trial {trial_id}: it never began")
+    state = start
+    for number, row in enumerate(book.rows, start=start.step + 1):
+        state = book.rule.step(state, np.array(row["violations"]), book.problem.domain)
+        if row["dual_step"] != number or state.multipliers.tolist() != row["multipliers"]:
+            raise ValueError(
+                f"trial {trial_id}: row {number} of its trace is not the dual step that follows the one before"
+            )
+    return book
 
 
 def _row(

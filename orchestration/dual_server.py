@@ -39,8 +39,6 @@ class DualServer:
         for record in self.journal.records:
             self.ledger.apply(record)
         self.journal.records = []
-        self._assignments: dict[str, dict[str, Any] | None] = {}  # slot -> current assignment; None: the slot closes
-        self._attempt_limit: dict[str, int] = {}
         self._bases: set[str] = set()  # pretrained models known to be there
         self._group_sizes: dict[str, int] = {}  # slot -> workers of the group that asked last
         self._halting = False
@@ -62,16 +60,16 @@ class DualServer:
         """
         resized = self._group_sizes.get(slot, workers) != workers
         self._group_sizes[slot] = workers
-        current = self._assignments.get(slot)
+        current = self.ledger.slots.get(slot)
         if resized and finished is None and current is not None:
-            self._attempt_limit[current["trial_id"]] += 1
+            await self._perform([{"kind": "resized", "trial": current["trial_id"]}])
         while True:
-            if slot in self._assignments:
-                assignment = self._assignments[slot]
+            if slot in self.ledger.slots:
+                assignment = self.ledger.slots[slot]
                 if assignment is None:
                     return None
                 book = self.ledger.book(assignment["trial_id"])
-                if book.status == "running" and book.attempt >= self._attempt_limit[book.trial_id]:
+                if book.status == "running" and book.attempt >= book.attempt_limit:
                     error = f"its workers died in each of {book.attempt} attempts, without a Python error; look at memory and at the Ray logs"
                     await self._perform(
                         [{"kind": "end", "trial": book.trial_id, "status": "failed", "result": None, "error": error}]
@@ -124,8 +122,8 @@ class DualServer:
         if book.status in FINAL or (book.attempt == attempt and book.status != "running"):
             return
         if status == "diverged" and result is None:
-            if attempt < self._attempt_limit.get(trial_id, 0):
-                said = (error or "numbers that are not finite").strip().splitlines()[-1]
+            if attempt < book.attempt_limit:
+                said = (error or "numbers that are not finite").strip().splitlines()[-1].split("; ")[0]
                 note = {"kind": "note", "trial": trial_id, "attempt": attempt, "text": f"tried again after {said}"}
                 await self._perform([{"kind": "retry", "trial": trial_id, "attempt": attempt, "error": error}, note])
                 return
@@ -148,17 +146,30 @@ class DualServer:
     # -- the Tune side -------------------------------------------------------------------------------------------
 
     async def assign(self, slot: str, assignment: dict[str, Any] | None, max_failures: int = 0) -> None:
-        """Hand a slot its next trial; None closes the slot. The trial it had, if unfinished, is told to stop."""
-        previous = self._assignments.get(slot)
+        """Hand a slot its next trial; None closes the slot. The trial it had, if unfinished, is told to stop.
+
+        Ray repeats a call that a dead server may not have answered; the second one changes nothing.
+        """
+        slots = self.ledger.slots
+        if slot in slots and slots[slot] == assignment:
+            return
+        previous = slots.get(slot)
         if previous is not None:
             await self._direct(previous["trial_id"], "stop")
-        if assignment is not None:
-            book = self.ledger.book(assignment["trial_id"])
-            if book.status != "waiting":
-                await self._perform([{"kind": "reopen", "trial": book.trial_id}])
-            self._attempt_limit[book.trial_id] = book.attempt + 1 + max_failures
-        self._assignments[slot] = assignment
-        await self._notify()
+        if assignment is None:
+            await self._perform([{"kind": "close", "slot": slot}])
+            return
+        book = self.ledger.book(assignment["trial_id"])
+        reopen = [{"kind": "reopen", "trial": book.trial_id}] if book.status != "waiting" else []
+        limit = book.attempt + 1 + max_failures
+        given = {
+            "kind": "assign",
+            "trial": book.trial_id,
+            "slot": slot,
+            "assignment": assignment,
+            "attempt_limit": limit,
+        }
+        await self._perform([*reopen, given])
 
     async def progress(self, trial_id: str, seen: int, every: int, timeout_s: float) -> dict[str, Any]:
         """Wait until `every` more dual steps than `seen` are there, or the trial has ended, or the time is over.

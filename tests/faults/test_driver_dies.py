@@ -15,7 +15,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from dualsweep.orchestration.delivery import read_ledger
+from dualsweep.orchestration.config import ConfigError
+from dualsweep.orchestration.delivery import deliver_again, read_ledger
 from dualsweep.orchestration.dual_ledger import FINAL
 from dualsweep.orchestration.journal import read_journal
 
@@ -47,6 +48,12 @@ def statuses(folder):
     return {point["trial_id"]: books[point["trial_id"]].status for point in points if point["trial_id"] in books}
 
 
+def attempts(folder):
+    """Trial id -> attempt of the listed trials."""
+    books = read_ledger(folder).trials
+    return {trial_id: books[trial_id].attempt for trial_id in statuses(folder)}
+
+
 def has_checkpoint(folder, status):
     """Whether a trial with this status has a checkpoint."""
     ids = [trial_id for trial_id, has in statuses(folder).items() if has == status]
@@ -57,12 +64,6 @@ def trainers_of(process):
     """The processes of a driver that train or move multipliers."""
     names = ("ray::RayTrainWorker", "ray::DualServer", "ray::ResourceTrainable", "ray::TrainController")
     return [child for child in psutil.Process(process.pid).children(recursive=True) if child.name().startswith(names)]
-
-
-def state_of(folder):
-    """Every file but the lock, with size and time of change."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "driver.lock"]
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
 def test_a_sweep_whose_driver_is_killed_twice_goes_on(moment, make_sweep, tmp_path, command, wait_for):
@@ -82,16 +83,19 @@ def test_a_sweep_whose_driver_is_killed_twice_goes_on(moment, make_sweep, tmp_pa
     second = command(*resume, cwd=tmp_path, wait=False)
     wait_for(lambda: 2 in attempts(folder).values(), seconds=200, process=second)
     assert not [orphan for orphan in orphans if orphan.is_running() and orphan.status() != psutil.STATUS_ZOMBIE]
+    os.kill(second.pid, signal.SIGSTOP)  # still running as far as anyone can tell, and not done before we have looked
+    root = tmp_path / "runs"
     code, output = command(*resume, cwd=tmp_path)
     assert code == 2 and "is being run by another process" in output
-    code, output = command("sync", "tiny", "--storage", str(tmp_path / "runs"), cwd=tmp_path)
-    assert code == 2 and "is being run by another process" in output
-    if second.poll() is None:
-        os.kill(second.pid, signal.SIGKILL)
+    with pytest.raises(ConfigError, match="is being run by another process; its driver delivers by itself"):
+        deliver_again(root, "tiny")
+    os.kill(second.pid, signal.SIGCONT)
+    time.sleep(moment.uniform(0, 2))
+    assert second.poll() is None
+    os.kill(second.pid, signal.SIGKILL)
     second.communicate()
 
-    code, output = command("sync", "tiny", "--storage", str(tmp_path / "runs"), cwd=tmp_path)
-    assert code == 0, output
+    assert deliver_again(root, "tiny").undelivered == []
     code, output = command(*resume, cwd=tmp_path)
     assert code == 0, output
     assert set(statuses(folder).values()) == {"completed"} and len(statuses(folder)) == 3
@@ -113,12 +117,6 @@ def test_a_sweep_whose_driver_is_killed_twice_goes_on(moment, make_sweep, tmp_pa
         assert [point.step for point in history] == list(range(1, len(book.rows) + 1))
         assert runs[trial_id].info.status == "FINISHED"
     assert runs[None].info.status == "FINISHED"
-
-
-def attempts(folder):
-    """Trial id -> attempt of the listed trials."""
-    books = read_ledger(folder).trials
-    return {trial_id: books[trial_id].attempt for trial_id in statuses(folder)}
 
 
 def test_a_terminal_that_closes_is_a_ctrl_c(moment, make_sweep, tmp_path):

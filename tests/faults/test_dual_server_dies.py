@@ -1,0 +1,131 @@
+"""The DualServer is killed at moments drawn at random: multipliers and traces are those of a calm run, to the last bit."""
+
+import asyncio
+import threading
+import time
+
+import psutil
+import pytest
+from rich.console import Console
+
+from dualsweep.constraints import Constraint, NonNegative, Problem
+from dualsweep.orchestration.dual_ledger import check_dual_steps
+from dualsweep.orchestration.dual_server import DualServer
+from dualsweep.orchestration.journal import read_journal
+from dualsweep.orchestration.sweep import run_sweep
+from dualsweep.orchestration.trace import read_trace
+
+PROBLEM = Problem(
+    method="fairness",
+    objective="loss",
+    constraints=(Constraint(name="a", unit="loss", threshold=0.5, metric="loss", sense="<="),),
+    domain=NonNegative(),
+).to_dict()
+RULE = {"rule": "ascent", "step_size": 0.1}
+
+
+class Killer(threading.Thread):
+    """SIGKILL to the sweep's DualServer again and again, a random while after it is there."""
+
+    def __init__(self, moment):
+        super().__init__(daemon=True)
+        self.moment, self.kills, self.over = moment, 0, threading.Event()
+
+    def run(self):
+        while not self.over.wait(self.moment.uniform(0.5, 3.0)):
+            for child in psutil.Process().children(recursive=True):
+                try:
+                    if child.name().startswith("ray::DualServer"):
+                        child.kill()
+                        self.kills += 1
+                except psutil.NoSuchProcess:
+                    continue
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_kills_at_random_moments_change_nothing(tiny_config, moment):
+    settings = {"baselines": {"unconstrained": False}, "primal": {"steps": 200}, "evaluation": {"num_samples": 16}}
+    calm = run_sweep(tiny_config(name="calm", **settings), console=Console(quiet=True))
+    killer = Killer(moment)
+    killer.start()
+    try:
+        stormy = run_sweep(tiny_config(name="stormy", **settings), console=Console(quiet=True))
+    finally:
+        killer.over.set()
+        killer.join()
+    assert (calm.status, stormy.status) == ("completed", "completed")
+    assert killer.kills >= 3
+    records = read_journal(stormy.folder / "journal.jsonl")
+    for path in sorted((calm.folder / "trials").glob("*/trace.parquet")):
+        rows = [read_trace(p) for p in (path, stormy.folder / "trials" / path.parent.name / "trace.parquet")]
+        for run in rows:
+            for row in run:
+                row.pop("wall_time")
+        assert len(rows[0]) == 100 and rows[0][-1]["multipliers"] != [0.0, 0.0]
+        assert rows[0] == rows[1]
+        check_dual_steps(records, path.parent.name)
+
+
+def measurement(step, metric=1.0):
+    numbers = ("lr", "grad_norm", "objective", "objective_stderr", "lagrangian")
+    counters = {"primal_step": step, "workers": 1, "wall_time": 0.0}
+    return {**dict.fromkeys(numbers, 1.0), **counters, "metrics": [metric], "metric_stderrs": [0.1], "counts": [8]}
+
+
+def assignment(tmp_path, trial_id="t"):
+    return {"trial_id": trial_id, "kind": "base", "base_dir": str(tmp_path), "handed_over": time.time()}
+
+
+def test_a_server_that_comes_back_knows_who_was_doing_what(tmp_path):
+    """Its slots, how often a trial may still be tried, and answers to calls that Ray repeats."""
+
+    async def before():
+        server = DualServer(str(tmp_path / "s"), "")
+        await server.assign("slot", assignment(tmp_path) | {"handed_over": 1.0}, 2)
+        lease = await server.lease("slot", None)
+        await server.begin("t", lease["attempt"], PROBLEM, RULE, [0.0], None)
+        return (await server.report("t", 1, 1, measurement(1))).multipliers
+
+    async def after(multipliers):
+        server = DualServer(str(tmp_path / "s"), "")
+        await server.assign("slot", assignment(tmp_path) | {"handed_over": 1.0}, 2)  # repeated by Ray
+        reply = await server.report("t", 1, 1, measurement(1, metric=9.0))  # repeated: the recorded answer counts
+        assert (reply.multipliers, reply.directive) == (multipliers, "continue")
+        assert (await server.lease("slot", None))["attempt"] == 2
+        await server.begin("t", 2, PROBLEM, RULE, [0.0], None)
+        assert (await server.lease("slot", None, 2))["attempt"] == 3  # a group of another size: no failure of the trial
+        await server.begin("t", 3, PROBLEM, RULE, [0.0], None)
+        assert (await server.lease("slot", None, 2))["attempt"] == 4
+        await server.begin("t", 4, PROBLEM, RULE, [0.0], None)
+        waiting = asyncio.create_task(
+            server.lease("slot", None, 2)
+        )  # a third failure: given up, the slot waits for more
+        while server.ledger.book("t").status != "failed":
+            await asyncio.sleep(0.01)
+        await server.assign("slot", None)
+        assert await waiting is None
+
+    multipliers = asyncio.run(before())
+    assert multipliers == (0.05,)
+    asyncio.run(after(multipliers))
+    assert asyncio.run(DualServer(str(tmp_path / "s"), "").lease("slot", None)) is None
+
+
+def test_the_proof_of_a_trace_sees_a_missing_a_doubled_and_a_changed_step(tmp_path):
+    async def sweep():
+        server = DualServer(str(tmp_path / "s"), "")
+        await server.begin("t", 1, PROBLEM, RULE, [0.0], None)
+        for step in range(1, 5):
+            await server.report("t", 1, step, measurement(step, metric=float(step)))
+
+    asyncio.run(sweep())
+    records = read_journal(tmp_path / "s" / "journal.jsonl")
+    assert len(check_dual_steps(records, "t").rows) == 4
+    steps = [i for i, record in enumerate(records) if record["kind"] == "step"]
+    changed = [{**r, "row": {**r["row"], "multipliers": [7.0]}} if i == steps[1] else r for i, r in enumerate(records)]
+    missing = [r for i, r in enumerate(records) if i != steps[1]]
+    doubled = [*records[: steps[2]], records[steps[1]], *records[steps[2] :]]
+    for wrong in (changed, missing, doubled):
+        with pytest.raises(ValueError, match=r"row [23] of its trace"):
+            check_dual_steps(wrong, "t")
