@@ -226,7 +226,7 @@ def _conclude(
     relate_to_unconstrained(plan.folder)
     for view in watcher.views.values():
         folder = trial_folder(plan.folder, view.point)
-        if view.result is not None and folder is not None:
+        if view.result is not None and folder is not None and (folder / "result.json").is_file():
             restated = json.loads((folder / "result.json").read_text(encoding="utf-8"))
             if restated != view.result:
                 tracker.finish_trial(view.point["trial_id"], restated, folder)

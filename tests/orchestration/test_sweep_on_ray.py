@@ -48,7 +48,7 @@ def test_a_sweep_leaves_results_traces_models_and_a_report(tiny_config, tmp_path
     outcome = run_sweep(config, console=Console(quiet=True))
     # Two groups of one CPU ran side by side on this machine's CPUs: trial drivers and DualServer held none of them.
     assert (outcome.status, outcome.exit_code, outcome.failed) == ("completed", 0, {})
-    assert (outcome.held.cpus, outcome.held.placement_groups, outcome.undelivered) == (0, 0, 0)
+    assert (outcome.held.cpus, outcome.held.placement_groups, outcome.undelivered) == (0, 0, [])
     results = results_of(outcome)
     assert {result["kind"] for result in results.values()} == {"unconstrained", "constrained", "fixed_weights"}
     assert len(results) == 4
