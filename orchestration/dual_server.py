@@ -171,6 +171,11 @@ class DualServer:
         }
         await self._perform([*reopen, given])
 
+    async def reopen(self, trial_ids: list[str]) -> None:
+        """Trials that a resume runs again wait from here on, so that nobody takes their old end for the new one's."""
+        ended = [trial for trial in trial_ids if self.ledger.book(trial).status in FINAL]
+        await self._perform([{"kind": "reopen", "trial": trial} for trial in ended])
+
     async def progress(self, trial_id: str, seen: int, every: int, timeout_s: float) -> dict[str, Any]:
         """Wait until `every` more dual steps than `seen` are there, or the trial has ended, or the time is over.
 

@@ -39,7 +39,7 @@ from dualsweep.orchestration.storage import forget, push_outcome, sign_of_life, 
 from dualsweep.orchestration.tracking import Tracker, Undelivered, check_tracking
 from dualsweep.orchestration.watch import Watcher, sweep_metrics, trial_folder
 from dualsweep.trainers.results import push_base, write_base
-from dualsweep.trainers.store import StorageError, writing_to
+from dualsweep.trainers.store import StorageError, disk_trouble, local_trouble, writing_to
 from dualsweep.trainers.workspace import write_json
 
 KEPT = ("completed", "stopped", "diverged")  # a resume runs the others (failed, interrupted, waiting) again
@@ -121,6 +121,7 @@ def _run(plan: Plan, slots: int, console: Console) -> Outcome:
     todo = [point for point in plan.points if point["trial_id"] not in finished]
     base = _base_point(plan)
     shown = plan if base is None else replace(plan, points=[base, *plan.points])
+    server.call("reopen", [point["trial_id"] for point in ([base] if base else []) + todo])
     watcher = Watcher(shown, server, tracker, slots=slots)
     watcher.start()
     failed_fit: str | None = None
@@ -133,7 +134,13 @@ def _run(plan: Plan, slots: int, console: Console) -> Outcome:
         with Progress(watcher, console, title=config.name), interruptible(ask, insist=_stop_at_once):
             try:
                 if todo or config.thresholds.search is not None:
-                    failed_fit = _fit(plan, [base, *todo] if base else todo, slots, searched, halt)
+                    try:
+                        failed_fit = _fit(plan, [base, *todo] if base else todo, slots, searched, halt)
+                    except Exception as error:
+                        trouble = disk_trouble(error)  # Tune keeps books of its own in the sweep's folder
+                        if trouble is None:
+                            raise
+                        raise local_trouble(plan.folder, trouble) from error
             finally:
                 watcher.stop()  # its last look comes before the table's last picture
     finally:

@@ -63,6 +63,15 @@ def local_trouble(path: Path, error: Exception) -> StorageError:
     )
 
 
+def disk_trouble(error: BaseException | None) -> OSError | None:
+    """What this machine's disk refused, somewhere among an error's causes."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in LOCAL_TROUBLE:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 @contextmanager
 def writing_to(path: Path, part: Path | None = None) -> Iterator[None]:
     """Turns trouble with the disk into a StorageError that names `path`; a half-written `part` is removed, for the room."""
