@@ -58,7 +58,10 @@ def trial_table(views: Iterable[TrialView], *, title: str, slots: int = 1, note:
 
 
 def _notes(views: list[TrialView]) -> list[str]:
-    return [f"{view.point['label']}, {note}" for view in views for note in view.notes]
+    """What happened on the way, and why trials ended as failed or diverged."""
+    noted = [f"{view.point['label']}, {note}" for view in views for note in view.notes]
+    ended = [view for view in views if view.status in ("failed", "diverged") and (view.error or "").strip()]
+    return noted + [f"{view.point['label']}, {view.status}: {view.error.strip().splitlines()[-1]}" for view in ended]
 
 
 def verdict(view: TrialView) -> Text:

@@ -125,7 +125,7 @@ class _Trial:
                 reason = detector.see(measurement["objective"], reply.multipliers)
                 train.extra["runaway"] = detector.state
             if reason is not None:
-                status, reason = "diverged", f"diverged at dual step {train.dual_step}: {reason}"
+                status, reason = "diverged", f"runs away at dual step {train.dual_step}: {reason}"
                 break
             if reply.directive == "interrupt" or train.dual_step % config["checkpoint_every_dual_steps"] == 0:
                 self._checkpoint(train, reply)
@@ -344,13 +344,16 @@ class _Trial:
 
     def _finish_base(self, train: TrainState, reason: str | None) -> dict[str, Any] | None:
         workspace, sound = self.workspace, reason is None
-        result = None
+        result, calibration = None, None
         if workspace.rank == 0:
             ema = workspace.modules()[1]
             if sound:
                 write_base(self.folder, lambda folder: save_model(ema, workspace.schedule, folder), workspace.data)
                 push_base(self.folder, self.store)
                 workspace.load_base(self.folder)
+                calibration = (
+                    workspace.calibration
+                )  # may find a number that is not finite: the checkpoints serve a retry
                 self.store.remove(self.folder / "checkpoints")
                 shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
             result = {
@@ -363,7 +366,7 @@ class _Trial:
                 "primal_steps": train.primal_step,
                 "dual_steps": train.dual_step,
                 "wall_seconds": time.time() - self.started,
-                "calibration": workspace.calibration if sound else None,
+                "calibration": calibration,
             }
         workspace.accelerator.wait_for_everyone()
         return result

@@ -196,6 +196,27 @@ def test_the_parts_of_several_workers_are_summed_not_averaged(accelerator):
     assert everything(alone) == everything(one_of_two)
 
 
+@pytest.mark.parametrize("fault", ["infinite loss alone", "NaN loss alone"])
+def test_a_loss_that_is_bad_on_one_rank_spoils_the_gradients_that_all_ranks_sum(accelerator, fault):
+    """Its own gradient says nothing, so without the alarm the other ranks would step and this one would not."""
+    reached = []
+
+    class OneOfTwo:
+        num_processes, scaler = 2, None
+        autocast, backward = accelerator.autocast, staticmethod(torch.Tensor.backward)
+
+        def clip_grad_norm_(self, parameters, most):
+            reached.append(accelerator.clip_grad_norm_(parameters, most))
+            return reached[-1]
+
+    batch, method, _ = FAULTS[fault]
+    train = make_train()
+    before = everything(train)
+    with pytest.raises(NonFiniteError, match="gradient norm nan"):
+        take_step(train, OneOfTwo(), batch, method=method)
+    assert everything(train) == before and math.isnan(reached[0])
+
+
 class ScalingAccelerator(Accelerator):
     """What `Accelerator(mixed_precision="fp16")` does with its loss scaler on a GPU, with float32 arithmetic on the CPU."""
 
@@ -233,3 +254,34 @@ def test_an_overflow_under_a_loss_scaler_skips_the_update_and_lowers_the_scale()
     # The step after a refused one works: the scaler was not left half-way.
     take_step(train, scaling, make_batch(1))
     assert not all(torch.equal(a, b) for a, b in zip(weights, train.denoiser.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_under_a_loss_scaler_the_ranks_ask_whether_it_was_an_overflow_or_a_bad_loss(elsewhere):
+    class OneOfTwo(ScalingAccelerator):
+        num_processes = 2
+
+        def reduce(self, tensor, reduction):
+            assert reduction == "sum"
+            return tensor + float(elsewhere)
+
+    scaling = OneOfTwo()
+    train = make_train(scaling.scaler)
+    weights = [p.detach().clone() for p in train.denoiser.parameters()]
+    overflow = fairness(WithTerm, lambda p: (0 * p[0].abs()).sqrt().sum())
+    if elsewhere:
+        with pytest.raises(NonFiniteError, match="gradient at primal step 1 "):
+            take_step(train, scaling, make_batch(0), method=overflow)
+    else:
+        take_step(train, scaling, make_batch(0), method=overflow)
+    assert train.primal_step == (0 if elsewhere else 1)
+    assert all(torch.equal(a, b) for a, b in zip(weights, train.denoiser.parameters(), strict=True))
+
+
+def test_gradients_that_overflow_at_no_scale_at_all_are_no_overflow():
+    scaling = ScalingAccelerator()
+    train = make_train(scaling.scaler)
+    faulty = fairness(WithTerm, lambda p: (0 * p[0].abs()).sqrt().sum())
+    with pytest.raises(NonFiniteError, match="non-finite gradient at primal step 18 "):  # 65536 is halved 17 times
+        for _ in range(40):
+            take_step(train, scaling, make_batch(0), method=faulty)

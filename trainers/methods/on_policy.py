@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from accelerate.utils import reduce
 
+from dualsweep.constraints import NonFiniteError
 from dualsweep.trainers.chains import Chain, build_chain, chain_timesteps, prediction_errors, save_chain
 from dualsweep.trainers.estimators import Predictor, log_normalizer
 from dualsweep.trainers.evaluate import EVALUATION_COUNTER
@@ -120,6 +121,10 @@ class OnPolicy(Method):
         if key not in self.setting.cache:
             paths = self._paths(self.setting.base, self.setting.options["pool"], POOL_COUNTER)
             raw = torch.cat([self.raw_values(states[-1], noises).double() for states, noises in paths], dim=1)
+            bad = (~torch.isfinite(raw)).sum(1).tolist()
+            if any(bad):  # kept, they would spoil the unit of every trial to come
+                named = dict(zip(self.setting.names, bad, strict=True))
+                raise NonFiniteError(f"non-finite values on {named} of {raw.shape[1]} samples of the pretrained model")
             shift, scale = self.scales(raw)
             self.setting.cache[key] = (shift, scale, (raw - shift) / scale)
         return self.setting.cache[key]
