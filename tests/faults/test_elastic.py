@@ -1,0 +1,112 @@
+"""An elastic group on a cluster of raylets: it grows when a node joins, shrinks when one is killed, and loses no dual step."""
+
+import os
+import re
+import signal
+
+import pytest
+import ray
+import yaml
+from ray.cluster_utils import Cluster
+
+from dualsweep.constraints import DualState
+from dualsweep.orchestration.cluster import ClusterInfo, quiet_environment, slots_for
+from dualsweep.orchestration.config import ComputeConfig, ConfigError
+from dualsweep.orchestration.dual_ledger import check_dual_steps
+from dualsweep.orchestration.journal import read_journal
+
+PATIENCE_S = 300.0
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A head that trains nothing, and one node of one CPU."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    quiet_environment()
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+    try:
+        yield started
+    finally:
+        ray.shutdown()
+        started.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_group_grows_and_shrinks_and_no_dual_step_is_missing_or_doubled(
+    cluster, tiny_config, write_config, command, wait_for, tmp_path, moment
+):
+    first = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    config = tiny_config(
+        name="elastic",
+        primal={"steps": 1_000_000},  # it is interrupted once it has been seen to grow and to shrink
+        thresholds={"grid": {"minority": [0.1]}},
+        baselines={"unconstrained": False},
+        compute={"workers": {"min": 1, "max": 2}, "resize_interval_s": 2, "max_failures": 0},
+    )
+    journal = tmp_path / "runs" / "elastic" / "journal.jsonl"
+    driver = command("sweep", str(write_config(config)), "--address", cluster.address, cwd=tmp_path, wait=False)
+
+    def rows(workers, beyond=0):
+        """Dual steps that groups of this size made after the first `beyond` rows of the journal."""
+        made = [r["row"] for r in read_journal(journal) if r["kind"] == "step" and r["trial"] != "pretrained"]
+        return [row for row in made[beyond:] if row["workers"] == workers]
+
+    try:
+        wait_for(lambda: len(rows(1)) > moment.randint(5, 20), seconds=PATIENCE_S, process=driver)
+        second = cluster.add_node(num_cpus=1)
+        wait_for(lambda: len(rows(2)) > moment.randint(5, 20), seconds=PATIENCE_S, process=driver)
+        before = len(rows(1)) + len(rows(2))
+        cluster.remove_node(moment.choice([first, second]), allow_graceful=False)  # SIGKILL to all its processes
+        wait_for(lambda: len(rows(1, before)) > 5, seconds=PATIENCE_S, process=driver)
+        os.killpg(driver.pid, signal.SIGINT)
+        output, _ = driver.communicate(timeout=PATIENCE_S)
+    finally:
+        if driver.poll() is None:
+            os.killpg(driver.pid, signal.SIGKILL)
+    assert driver.returncode == 130, output
+    records = read_journal(journal)
+    trial_id = next(r["trial"] for r in records if r["kind"] == "step" and r["trial"] != "pretrained")
+    book = check_dual_steps(records, trial_id)
+    assert book.attempt == 3 and [row["dual_step"] for row in book.rows] == list(range(1, len(book.rows) + 1))
+    assert {row["workers"] for row in book.rows} == {1, 2}
+    # A resize is no failure: with max_failures of 0 the trial was given up otherwise.
+    assert book.status == "interrupted"
+    begins = [r for r in records if r["kind"] == "begin" and r["trial"] == trial_id]
+    assert all(DualState.from_dict(r["state"]).step % 3 == 0 for r in begins)  # from checkpoints, one every three steps
+
+
+def test_as_many_elastic_groups_as_fit_at_their_largest_and_at_least_one():
+    compute = ComputeConfig.model_validate({"workers": {"min": 1, "max": 4}})
+    assert (compute.elastic, compute.fewest_workers, compute.most_workers) == (True, 1, 4)
+    info = ClusterInfo(local=False, cpus=9.0, gpus=0.0, nodes=3)
+    assert slots_for(compute, info) == 2
+    assert slots_for(compute, ClusterInfo(local=False, cpus=2.0, gpus=0.0, nodes=1)) == 1
+    assert slots_for(compute.model_copy(update={"concurrent_trials": 1}), info) == 1
+    large = ComputeConfig.model_validate({"workers": {"min": 3, "max": 4}})
+    with pytest.raises(
+        ConfigError, match=r"compute\.workers\.min=3: one trial needs 3 CPUs, but the cluster has 2 CPUs"
+    ):
+        slots_for(large, ClusterInfo(local=False, cpus=2.0, gpus=0.0, nodes=1))
+
+
+@pytest.mark.parametrize(
+    "workers, message",
+    [
+        ({"min": 3, "max": 2}, r"min=3 is above max=2"),
+        ({"min": 0, "max": 2}, r"compute\.workers.*min"),
+        ({"max": 9}, r"compute\.workers\.max=9: more than the 2 logical shards"),
+        ({"min": 1}, r"compute\.workers.*max"),
+        ("two", r"compute\.workers"),
+    ],
+)
+def test_bad_sizes_are_refused_by_name(tiny_config, command, write_config, tmp_path, workers, message):
+    values = tiny_config(name="bad").to_dict()
+    values["compute"]["workers"] = workers
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    code, output = command("sweep", str(path), "--address", "local", cwd=tmp_path)
+    assert code == 2 and re.search(message, " ".join(output.split())), output
+    assert not (tmp_path / "runs").exists()
