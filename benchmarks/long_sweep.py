@@ -24,7 +24,7 @@ from dualsweep.orchestration.config import SweepConfig, load_config
 from dualsweep.orchestration.journal import read_journal
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits_fairness.yaml"
-ROLES = {"dual_server": "ray::DualServer", "workers": "ray::RayTrainWorker", "trials": "ray::SweepTrial"}
+ROLES = {"dual_server": "ray::DualServer", "workers": "ray::RayTrainWorker", "trials": "ray::ResourceTrainable"}
 SETTLED = 20  # trials that may still fill caches
 
 

@@ -51,7 +51,8 @@ def main() -> None:
     jobs = []
     for seed in range(options.seeds):
         asked = f"thresholds={{unit: likelihood_ratio, list: [{', '.join(f'{{sets: {b}}}' for b in LIKELIHOODS)}]}}"
-        quiet = ("baselines.unconstrained=false", "baselines.fixed_weights=[]")
+        # A coarser chain than the example's: likelihoods are those of the samples, whatever was asked for.
+        quiet = ("baselines.unconstrained=false", "baselines.fixed_weights=[]", "formulation.num_sampling_steps=64")
         jobs.append(Job("constrained", "gmm_unlearn_likelihood.yaml", seed, (*quiet, asked)))
         strengths = f"baselines.fixed_weights={list(STRENGTHS)}"
         jobs.append(Job("erasing", "gmm_esd.yaml", seed, ("baselines.unconstrained=false", strengths)))

@@ -312,6 +312,20 @@ def test_the_dual_server_answers_nothing_that_the_store_has_not_got(bucket, addr
     assert texts == ["before", "away 0", "away 1", "away 2", "after"]
 
 
+def test_a_trial_that_a_resume_runs_again_is_not_taken_for_the_failed_one(tmp_path):
+    """The watcher looks before Tune hands the trial over; its old end must not count for the new attempt."""
+
+    async def statuses() -> list[str]:
+        server = DualServer(str(tmp_path / "sweep"), str(tmp_path))
+        await server.end("a", 0, "failed", None, "StorageError: no room")
+        await server.reopen(["a", "unknown"])
+        await server.close()
+        again = DualServer(str(tmp_path / "sweep"), str(tmp_path))
+        return [seen["status"] for seen in (await again.snapshot({}, [])).values()]
+
+    assert set(asyncio.run(statuses())) == {"waiting"}
+
+
 # -- checkpoints --------------------------------------------------------------------------------------------------
 
 SMALL = {

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
+from mlflow.entities import ViewType
 
 from dualsweep.orchestration.delivery import read_ledger
 from dualsweep.orchestration.trace import COLUMNS, VECTOR_COLUMNS, read_trace, row_metrics
@@ -70,6 +71,15 @@ def failing(folder):
         finally:
             database.execute("ALTER TABLE away RENAME TO metrics")
             database.commit()
+
+
+@contextlib.contextmanager
+def slow_writes(folder):
+    """The server reads, but what it is asked to write waits until the block ends."""
+    with contextlib.closing(sqlite3.connect(folder / "server.db", timeout=60)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        yield
+        database.rollback()
 
 
 @pytest.mark.slow
@@ -141,6 +151,32 @@ def test_a_server_that_is_disturbed_at_random_moments_gets_each_row_once(
         train(again, pace=0, reopen=False)
         assert again.close(PATIENCE) == 0
         assert again.delivered() == {}
+
+
+@pytest.mark.slow
+def test_runs_whose_creation_was_not_answered_in_time_leave_no_second_ones(
+    moment, tmp_path, mlflow_server, free_port, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    port, rows = free_port(), rows_of(12)
+    address = f"http://127.0.0.1:{port}"
+    with mlflow_server(port, tmp_path):
+        tracker = Tracker(address, "digits", "digits", sweep_id="one")
+        tracker.start_sweep({"name": "digits"})
+        assert tracker.flush(PATIENCE) == 0
+        with slow_writes(tmp_path):  # the server reads at once, so it says that there is no run yet
+            tracker.start_trial("t1", "t1", {"kind": "constrained"}, constraints=NAMES)
+            tracker.log_rows("t1", rows)
+            time.sleep(moment.uniform(2.5, 4))  # the server itself gives up after 5 s
+            assert tracker.undelivered()
+        tracker.finish_trial("t1", {"status": "completed", "constraints": []}, None)
+        tracker.finish_sweep(None, "completed")
+        assert tracker.close(PATIENCE) == 0, [str(item) for item in tracker.undelivered()]
+        client, runs = runs_of(address, "digits")
+        assert set(runs) == {None, "t1"}
+        assert_each_row_once(client, runs["t1"].info.run_id, rows, NAMES)
+        gone = client.search_runs([runs[None].info.experiment_id], run_view_type=ViewType.DELETED_ONLY)
+        print(f"{len(gone)} runs were made twice")
 
 
 @pytest.mark.slow
