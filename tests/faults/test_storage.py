@@ -317,7 +317,7 @@ def test_a_trial_that_a_resume_runs_again_is_not_taken_for_the_failed_one(tmp_pa
 
     async def statuses() -> list[str]:
         server = DualServer(str(tmp_path / "sweep"), str(tmp_path))
-        await server.end("a", 0, "failed", None, "StorageError: no room")
+        await server.end("a", 1, "failed", None, "StorageError: no room")
         await server.reopen(["a", "unknown"])
         await server.close()
         again = DualServer(str(tmp_path / "sweep"), str(tmp_path))
