@@ -95,6 +95,7 @@ class Desk:
         folder = self.storage / name
         folder.mkdir(parents=True)
         (folder / "sweep.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
+        (folder / "driver.lock").touch()
         points = [
             {
                 "trial_id": "share-1",
