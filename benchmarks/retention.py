@@ -3,8 +3,9 @@
 Both forget one mode of the three-Gaussian mixture, from the same pretrained model, over several seeds. Across: how likely
 the forgotten mode still is, E_p[q^1/q], by the exact densities on the model's own samples (1 before). Up: how far the
 retained modes moved, KL of the pretrained model given the retained modes from the model given them, in nats: the mean over
-retained data of the log-likelihood ratio of the two models (I-MMSE, common noise), corrected for the mass that each gives
-to the retained modes. Where one curve is compared with the other, the erasing curve is interpolated in the likelihood.
+the pretrained model's samples of those modes of the log-likelihood ratio of the two models (I-MMSE, common noise),
+corrected for the mass that each gives to them. It is an estimate: where nothing moved it may come out below 0. Where one
+curve is compared with the other, the erasing curve is interpolated in the likelihood.
 
     python benchmarks/retention.py [--seeds 5] [--figure retention.png]
 """
@@ -24,11 +25,13 @@ from rich.table import Table
 
 from dualsweep.datasets import GaussianMixture, build
 from dualsweep.trainers.evaluate import weighted_errors
-from dualsweep.trainers.models import load_model
+from dualsweep.trainers.models import Denoiser, load_model
 from dualsweep.trainers.noise_schedule import NoiseSchedule
+from dualsweep.trainers.samplers import ddim_sample, starting_noise
 
-LIKELIHOODS = (0.8, 0.65, 0.5, 0.35, 0.2, 0.1)
-STRENGTHS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5)
+LIKELIHOODS = (0.75, 0.6, 0.45, 0.3, 0.15)
+STRENGTHS = (0.1, 0.2, 0.4, 0.7, 1.5, 2.5)  # and 1, the example's own
+BASE_DRAWS = 12_000
 RETAINED_DRAWS = 4000
 LEVELS = 96
 
@@ -99,8 +102,8 @@ def judged(finished: Finished, folder: Path) -> list[Point]:
     mixture = data.mixture
     (forgotten,) = data.constraint_mixtures.values()
     schedule = NoiseSchedule(**config.schedule.model_dump(), clip_sample=False)
-    retained = retained_draws(mixture, forgotten, seed=finished.job.seed)
     base = load_model(finished.base_dir / "model")
+    retained, kept_before = retained_draws(base, schedule, mixture, forgotten, seed=finished.job.seed)
     before = weighted_errors(base, retained, schedule, levels=LEVELS, seed=1)
     points = []
     for result in finished.results:
@@ -110,17 +113,19 @@ def judged(finished: Finished, folder: Path) -> list[Point]:
         after = weighted_errors(load_model(trial / "model"), retained, schedule, levels=LEVELS, seed=1)
         # log q(x) - log p(x) = after - before; given the retained modes each density is divided by their mass.
         kept = 1 - membership(mixture, forgotten, samples).mean()
-        kept_before = 1 - membership(mixture, forgotten, mixture.sample(20_000, np.random.default_rng(0))[0]).mean()
         distance = float((after - before).mean() + np.log(kept) - np.log(kept_before))
         points.append(Point(float(ratio.mean()), distance))
     return points
 
 
-def retained_draws(mixture: GaussianMixture, forgotten: GaussianMixture, *, seed: int) -> np.ndarray:
-    """Draws of q given the modes that are kept."""
-    samples, components = mixture.sample(4 * RETAINED_DRAWS, np.random.default_rng(1000 + seed))
-    lost = int(np.argmin(np.square(mixture.means - forgotten.means[0]).sum(1)))
-    return samples[components != lost][:RETAINED_DRAWS].astype(np.float32)
+def retained_draws(
+    base: Denoiser, schedule: NoiseSchedule, mixture: GaussianMixture, forgotten: GaussianMixture, *, seed: int
+) -> tuple[np.ndarray, float]:
+    """The pretrained model's samples of the modes that are kept, and the mass it gives them."""
+    start = starting_noise(seed=seed, counter=1, shards=[0], counts={0: BASE_DRAWS}, shape=(mixture.dim,))
+    samples = ddim_sample(base, start, schedule, num_sampling_steps=100, batch_size=BASE_DRAWS).numpy()
+    lost = membership(mixture, forgotten, samples)
+    return samples[lost < 0.5][:RETAINED_DRAWS], float(1 - lost.mean())
 
 
 def membership(mixture: GaussianMixture, forgotten: GaussianMixture, samples: np.ndarray) -> np.ndarray:

@@ -11,9 +11,13 @@ from ray.cluster_utils import Cluster
 
 from dualsweep.constraints import DualState
 from dualsweep.orchestration.cluster import ClusterInfo, quiet_environment, slots_for
-from dualsweep.orchestration.config import ComputeConfig, ConfigError
+from dualsweep.orchestration.config import ComputeConfig, ConfigError, sweep_points
 from dualsweep.orchestration.dual_ledger import check_dual_steps
 from dualsweep.orchestration.journal import read_journal
+from dualsweep.orchestration.local_dual import LocalDual
+from dualsweep.trainers.assignment import Assignment
+from dualsweep.trainers.loop import run_trial
+from dualsweep.trainers.workspace import Workspace
 
 PATIENCE_S = 300.0
 
@@ -42,6 +46,7 @@ def test_a_group_grows_and_shrinks_and_no_dual_step_is_missing_or_doubled(
     config = tiny_config(
         name="elastic",
         primal={"steps": 1_000_000},  # it is interrupted once it has been seen to grow and to shrink
+        dual={"primal_steps_per_dual_step": 8},
         thresholds={"grid": {"minority": [0.1]}},
         baselines={"unconstrained": False},
         compute={"workers": {"min": 1, "max": 2}, "resize_interval_s": 2, "max_failures": 0},
@@ -76,6 +81,34 @@ def test_a_group_grows_and_shrinks_and_no_dual_step_is_missing_or_doubled(
     assert book.status == "interrupted"
     begins = [r for r in records if r["kind"] == "begin" and r["trial"] == trial_id]
     assert all(DualState.from_dict(r["state"]).step % 3 == 0 for r in begins)  # from checkpoints, one every three steps
+    grown = next(index for index, row in enumerate(book.rows) if row["workers"] == 2)
+    calm = calm_rows(config, tmp_path, grown + 10)
+    assert [row["multipliers"] for row in calm[:grown]] == [row["multipliers"] for row in book.rows[:grown]]
+    # The same numbers are drawn on two workers; sums are made in another order, a relative 1e-6 that steps amplify.
+    for one, two in zip(calm[grown:], book.rows[grown : grown + 10], strict=True):
+        assert two["objective"] == pytest.approx(one["objective"], rel=1e-3)
+
+
+def calm_rows(config, tmp_path, count):
+    """The first dual steps of the sweep's one trial, from its pretrained model, on one worker and undisturbed."""
+
+    class Enough(Exception):
+        pass
+
+    class Until(LocalDual):
+        def report(self, trial_id, attempt, dual_step, measurement):
+            if dual_step > count:
+                raise Enough
+            return super().report(trial_id, attempt, dual_step, measurement)
+
+    workspace, dual = Workspace(config.to_dict(), config.data), Until()
+    (point,) = sweep_points(config, workspace.constraint_names)
+    base_dir = tmp_path / "runs" / "bases" / config.base_key(workspace.pretraining_sets)
+    with pytest.raises(Enough):
+        run_trial(
+            workspace, Assignment(**point, trial_dir=str(tmp_path / "calm"), base_dir=str(base_dir), attempt=1), dual
+        )
+    return dual.trace(point["trial_id"])
 
 
 def test_as_many_elastic_groups_as_fit_at_their_largest_and_at_least_one():
