@@ -148,7 +148,8 @@ class DualServer:
     async def assign(self, slot: str, assignment: dict[str, Any] | None, max_failures: int = 0) -> None:
         """Hand a slot its next trial; None closes the slot. The trial it had, if unfinished, is told to stop.
 
-        Ray repeats a call that a dead server may not have answered; the second one changes nothing.
+        A trial belongs to one slot: one that Tune starts again elsewhere, its node being lost, is taken from the old one,
+        whose group would otherwise fetch it back. Ray repeats a call that a dead server may not have answered; the second one changes nothing.
         """
         slots = self.ledger.slots
         if slot in slots and slots[slot] == assignment:
@@ -161,6 +162,8 @@ class DualServer:
             return
         book = self.ledger.book(assignment["trial_id"])
         reopen = [{"kind": "reopen", "trial": book.trial_id}] if book.status != "waiting" else []
+        deserted = [s for s, other in slots.items() if other and other["trial_id"] == book.trial_id and s != slot]
+        closed = [{"kind": "close", "slot": other} for other in deserted]
         limit = book.attempt + 1 + max_failures
         given = {
             "kind": "assign",
@@ -169,7 +172,7 @@ class DualServer:
             "assignment": assignment,
             "attempt_limit": limit,
         }
-        await self._perform([*reopen, given])
+        await self._perform([*closed, *reopen, given])
 
     async def reopen(self, trial_ids: list[str]) -> None:
         """Trials that a resume runs again wait from here on, so that nobody takes their old end for the new one's."""

@@ -112,6 +112,18 @@ def test_a_server_that_comes_back_knows_who_was_doing_what(tmp_path):
     assert asyncio.run(DualServer(str(tmp_path / "s"), "").lease("slot", None)) is None
 
 
+def test_a_trial_that_is_started_again_elsewhere_leaves_its_old_slot(tmp_path):
+    async def sweep():
+        server = DualServer(str(tmp_path / "s"), "")
+        await server.assign("lost", assignment(tmp_path), 5)
+        await server.begin("t", (await server.lease("lost", None))["attempt"], PROBLEM, RULE, [0.0], None)
+        await server.assign("new", assignment(tmp_path), 5)
+        assert await server.lease("lost", None) is None
+        assert (await server.lease("new", None))["attempt"] == 2
+
+    asyncio.run(sweep())
+
+
 def test_the_proof_of_a_trace_sees_a_missing_a_doubled_and_a_changed_step(tmp_path):
     async def sweep():
         server = DualServer(str(tmp_path / "s"), "")
