@@ -110,20 +110,22 @@ def judged(finished: Finished, folder: Path) -> list[Point]:
         trial = finished.folder / "trials" / result["trial_id"]
         samples = np.load(trial / "samples.npy", allow_pickle=False)
         ratio = np.exp(forgotten.log_density(samples) - mixture.log_density(samples))
-        after = weighted_errors(load_model(trial / "model"), retained, schedule, levels=LEVELS, seed=1)
-        # log q(x) - log p(x) = after - before; given the retained modes each density is divided by their mass.
-        kept = 1 - membership(mixture, forgotten, samples).mean()
+        model = load_model(trial / "model")
+        after = weighted_errors(model, retained, schedule, levels=LEVELS, seed=1)
+        # log q(x) - log p(x) = after - before; given the retained modes each density is divided by their mass, which is
+        # that of the law whose density it is: the probability flow's, not the trained chain's.
+        kept = retained_draws(model, schedule, mixture, forgotten, seed=finished.job.seed)[1]
         distance = float((after - before).mean() + np.log(kept) - np.log(kept_before))
         points.append(Point(float(ratio.mean()), distance))
     return points
 
 
 def retained_draws(
-    base: Denoiser, schedule: NoiseSchedule, mixture: GaussianMixture, forgotten: GaussianMixture, *, seed: int
+    model: Denoiser, schedule: NoiseSchedule, mixture: GaussianMixture, forgotten: GaussianMixture, *, seed: int
 ) -> tuple[np.ndarray, float]:
-    """The pretrained model's samples of the modes that are kept, and the mass it gives them."""
+    """A model's samples of the modes that are kept, and the mass it gives them."""
     start = starting_noise(seed=seed, counter=1, shards=[0], counts={0: BASE_DRAWS}, shape=(mixture.dim,))
-    samples = ddim_sample(base, start, schedule, num_sampling_steps=100, batch_size=BASE_DRAWS).numpy()
+    samples = ddim_sample(model, start, schedule, num_sampling_steps=100, batch_size=BASE_DRAWS).numpy()
     lost = membership(mixture, forgotten, samples)
     return samples[lost < 0.5][:RETAINED_DRAWS], float(1 - lost.mean())
 
@@ -160,6 +162,8 @@ def draw(curves: dict[str, list[list[Point]]], path: Path) -> None:
     for (name, seeds), marker in zip(sorted(curves.items()), "os", strict=True):
         likelihood = np.array([[p.likelihood for p in points] for points in seeds])
         distance = np.array([[p.distance for p in points] for points in seeds])
+        order = likelihood.mean(0).argsort()
+        likelihood, distance = likelihood[:, order], distance[:, order]
         spread = np.sqrt(len(seeds))
         axes.errorbar(
             likelihood.mean(0),
@@ -171,6 +175,7 @@ def draw(curves: dict[str, list[list[Point]]], path: Path) -> None:
             label={"constrained": "likelihood-constrained", "erasing": "concept erasing, fixed strength"}[name],
         )
     axes.invert_xaxis()
+    axes.set_yscale("symlog", linthresh=0.1)  # the curves lie a factor of a hundred apart, one of them at zero
     axes.axhline(0, color="0.7", linewidth=0.8)
     axes.set_xlabel("likelihood of the forgotten mode, E_p[q¹/q]  (1: untouched)")
     axes.set_ylabel("distance of the retained modes (nats)")
