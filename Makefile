@@ -19,11 +19,11 @@ CPU_TORCH := torch==2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help venv sweep test lint clean
+.PHONY: help venv sweep test test-faults lint clean
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 sweep: $(VENV)/.installed ## set up, then run the bundled sweep (6 minutes on 2 cores); its report is named at the end
 	$(VENV)/bin/dualsweep sweep $(SWEEP) --fresh-name $(SWEEP_ARGS)
@@ -31,6 +31,9 @@ sweep: $(VENV)/.installed ## set up, then run the bundled sweep (6 minutes on 2 
 # pytest's own script, not `python -m pytest`: the latter puts this folder first on sys.path, and with it our `datasets`.
 test: $(VENV)/.installed-test ## set up, then run the whole test suite
 	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+test-faults: $(VENV)/.installed-test ## set up, then every test of faults, those too long for `make test` too
+	$(VENV)/bin/pytest tests/faults -m "heavy or not heavy" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-lint ## ruff, as configured in pyproject.toml
 	$(VENV)/bin/ruff check .
@@ -46,6 +49,8 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "dualsweep needs Python 3.11 or newer and '$(PYTHON)' is not: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	# The pip of an older Python may search minutes for versions that fit together; without a newer one, it has to do.
+	-$(PIP) install --quiet --upgrade pip
 
 # torch comes first, by itself, because pip cannot be told "the CPU build if there is one" in pyproject.toml.
 # Without a GPU: a wheel that lies in a configured find-links folder, else PyTorch's CPU index (one short try: it may be

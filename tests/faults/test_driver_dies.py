@@ -67,12 +67,13 @@ def trainers_of(process):
 
 
 def test_a_sweep_whose_driver_is_killed_twice_goes_on(moment, make_sweep, tmp_path, command, wait_for):
-    path, folder = make_sweep(60, [0.1, 0.2, 0.3])
+    path, folder = make_sweep(150, [0.1, 0.2, 0.3])  # a trial lasts longer than the waits below
     resume = ("resume", "tiny", "--storage", str(tmp_path / "runs"))
 
     first = command("sweep", str(path), cwd=tmp_path, wait=False)
     wait_for(lambda: has_checkpoint(folder, "running"), seconds=200, process=first)
     time.sleep(moment.uniform(0, 2))
+    wait_for(lambda: has_checkpoint(folder, "running"), seconds=200, process=first)  # the trial may be the next one by now
     orphans = trainers_of(first)
     assert orphans
     os.kill(first.pid, signal.SIGKILL)

@@ -71,7 +71,7 @@ def test_it_is_found_by_its_name_and_its_losses_are_wanted_large():
         ({"formulation": {"gradient_norm": None}}, "formulation.gradient_norm is missing"),
         ({"dual": {"rule": "ascent", "step_size": 0.1}}, "dual.rule='ascent'.*give rule: fixed"),
         ({"dual": {"start": 0.0}}, "dual.start=0: siss has no dual step"),
-        ({"primal": {"constraint_batch_size": 3}}, "primal.constraint_batch_size=3.*primal.batch_size=512"),
+        ({"primal": {"constraint_batch_size": 3}}, "primal.constraint_batch_size=3: .*give primal.batch_size=1024"),
     ],
 )
 def test_what_it_cannot_do_is_refused_by_field(changes, message):
