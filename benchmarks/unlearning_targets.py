@@ -38,7 +38,15 @@ TARGETS = {
         "likelihood",
         "gmm_unlearn_likelihood.yaml",
         0,
-        (*QUIET, FORGET, "thresholds={unit: likelihood_ratio, list: [{left: 0.125}]}"),
+        (
+            *QUIET,
+            FORGET,
+            "thresholds={unit: likelihood_ratio, list: [{left: 0.125}]}",
+            # The multiplier ends twice as high as in the example, where the ratio answers it a third as strongly.
+            "dual.step_size=0.4",
+            "dual.decay_after=20",
+            "primal.steps=240",
+        ),
     ),
 }
 
