@@ -1,9 +1,14 @@
 """What the benchmarks share: medians with spread, and the closing JSON line."""
 
 import json
+import os
+import shutil
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 def paired_medians(
@@ -34,3 +39,23 @@ def closing_line(benchmark: str, figures: dict[str, float]) -> None:
             {"benchmark": benchmark, "figures": {name: round(float(value), 6) for name, value in figures.items()}}
         )
     )
+
+
+@contextmanager
+def own_folder(*, keep: bool = False) -> Iterator[Path]:
+    """A temporary folder for a benchmark's results and for its Ray, so that it joins nobody's cluster and nobody joins its own.
+
+    Its name is short because Ray's sockets lie below it, and a socket's path may have 107 characters.
+    Args:
+        keep: leave it there and say where.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="b"))
+    os.environ["RAY_TMPDIR"] = str(folder)
+    os.environ.pop("RAY_ADDRESS", None)
+    try:
+        yield folder
+    finally:
+        if keep:
+            print(f"kept: {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # Ray's processes may still be writing their logs

@@ -17,7 +17,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections import Counter
@@ -27,7 +26,7 @@ import numpy as np
 import psutil
 import ray
 import yaml
-from _harness import closing_line
+from _harness import closing_line, own_folder
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
@@ -48,18 +47,19 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=40)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--dual-steps", type=int, default=300, help="of every trial")
+    parser.add_argument("--keep", action="store_true", help="leave folders and logs")
     options = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     quiet_environment()
-    with tempfile.TemporaryDirectory() as folder:
-        calm = Sweep(Path(folder) / "calm", options.trials, options.dual_steps)
+    with own_folder(keep=options.keep) as folder:
+        calm = Sweep(folder / "calm", options.trials, options.dual_steps)
         try:
             calm.start()
             calm.join()
         finally:
             calm.close()
         print(f"calm run: {calm.seconds:.0f} s", flush=True)
-        stormy = Sweep(Path(folder) / "stormy", options.trials, options.dual_steps)
+        stormy = Sweep(folder / "stormy", options.trials, options.dual_steps)
         try:
             stormy.start()
             faults = storm(stormy, np.random.default_rng(options.seed), options.faults)
@@ -93,7 +93,8 @@ class Sweep:
         self.root = folder
         folder.mkdir()
         self.folder = folder / "runs" / "chaos"
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": None}  # None: any free port
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(2)]
         self.cluster.wait_for_nodes()
         self.port = free_port()
@@ -107,11 +108,7 @@ class Sweep:
 
     def start(self) -> None:
         self.start_server()
-        deadline = time.monotonic() + PATIENCE_S
-        while not self.server_answers():
-            if time.monotonic() > deadline:
-                raise RuntimeError("the MLflow server does not start")
-            time.sleep(0.5)
+        self.wait_for_server()
         self.begun = time.monotonic()
         self.start_driver("sweep", str(self.config))
 
@@ -132,12 +129,16 @@ class Sweep:
                 command, cwd=self.root, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
-    def server_answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2) as answer:
-                return answer.status == 200
-        except OSError:
-            return False
+    def wait_for_server(self) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).close()
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the MLflow server does not start: {error}") from error
+            time.sleep(0.5)
 
     def done(self) -> bool:
         return self.driver.poll() is not None
@@ -194,15 +195,13 @@ class Sweep:
     def wrong_in_mlflow(self) -> int:
         """Trials without exactly one run, and dual steps that a run has not exactly once."""
         client, wrong = MlflowClient(f"http://127.0.0.1:{self.port}"), 0
-        if self.server.poll() is not None:
-            self.start_server()
-        deadline = time.monotonic() + PATIENCE_S
-        while not self.server_answers() and time.monotonic() < deadline:
-            time.sleep(0.5)
+        self.wait_for_server()
+        sync = [sys.executable, "-m", "dualsweep", "sync", "chaos", "--storage", str(self.folder.parent)]
+        subprocess.run(sync, cwd=self.root, check=True, capture_output=True)  # what a fault near the end kept back
         experiments = [e.experiment_id for e in client.search_experiments() if e.name != "Default"]
         runs = client.search_runs(experiments, max_results=1000)
         for path in sorted((self.folder / "trials").glob("*/trace.parquet")):
-            mine = [run for run in runs if run.data.tags.get("dualsweep.trial_id") == path.parent.name]
+            mine = [run for run in runs if run.data.tags.get("dualsweep.trial") == path.parent.name]
             if len(mine) != 1:
                 wrong += 1
                 continue
@@ -243,7 +242,7 @@ def storm(sweep: Sweep, rng: np.random.Generator, count: int) -> list[tuple[floa
         now = time.time()
         if sweep.inflict(kind, rng):
             faults.append((now, kind))
-            print(f"fault {len(faults)}: {kind}", flush=True)
+            print(f"{time.monotonic() - sweep.begun:6.0f} s  fault {len(faults)}: {kind}", flush=True)
     return faults
 
 

@@ -14,7 +14,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 import ray
 import yaml
-from _harness import closing_line
+from _harness import closing_line, own_folder
 from ray.cluster_utils import Cluster
 
 from dualsweep.orchestration.cluster import quiet_environment
@@ -38,18 +37,24 @@ PATIENCE_S = 240.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1, help="how often grow, kill, grow and drain are gone through")
+    parser.add_argument(
+        "--health-check-ms", type=int, help="how often Ray looks whether a node lives; default: Ray's 3000"
+    )
     options = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     quiet_environment()
-    with tempfile.TemporaryDirectory() as folder:
-        lost = watch(Path(folder), options.rounds)
+    with own_folder() as folder:
+        lost = watch(folder, options.rounds, options.health_check_ms)
     figures = {f"{event}_s": statistics.median(values) for event, values in lost.items() if values}
     closing_line("elastic", figures)
 
 
-def watch(folder: Path, rounds: int) -> dict[str, list[float]]:
+def watch(folder: Path, rounds: int, health_check_ms: int | None) -> dict[str, list[float]]:
     """Seconds lost by kind of event."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+    head: dict[str, Any] = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": None}  # None: any free port
+    if health_check_ms is not None:
+        head["_system_config"] = {"health_check_period_ms": health_check_ms}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1)]
     cluster.wait_for_nodes()
     config = elastic_config(folder)
@@ -158,7 +163,7 @@ class Run:
 def drain(cluster: Cluster, node, *, deadline_s: int) -> None:
     """Announce the end of a node, as a cloud does for a spot machine."""
     command = [
-        "ray", "drain-node", "--address", cluster.address, "--node-id", node.node_id,
+        sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address, "--node-id", node.node_id,
         "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "benchmark",
         "--deadline-remaining-seconds", str(deadline_s),
     ]  # fmt: skip

@@ -8,17 +8,15 @@ of those from the 20th to the 30th. Afterwards nothing that the sweep started ma
 """
 
 import argparse
-import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import yaml
-from _harness import closing_line
+from _harness import closing_line, own_folder
 
 from dualsweep.orchestration.config import SweepConfig, load_config
 from dualsweep.orchestration.journal import read_journal
@@ -32,8 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=200)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        seen, left, seconds = watch(Path(folder), options.trials)
+    with own_folder() as folder:
+        seen, left, seconds = watch(folder, options.trials)
     figures = {"trials": options.trials, "seconds": seconds, "left_running": left}
     for name in sorted({name for _, values in seen for name in values}):
         table = [(done, values[name]) for done, values in seen if name in values]
@@ -102,5 +100,4 @@ def sweep_config(folder: Path, trials: int) -> SweepConfig:
 
 
 if __name__ == "__main__":
-    os.environ.pop("RAY_ADDRESS", None)
     main()

@@ -7,7 +7,9 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 from dualsweep.orchestration.config import ComputeConfig, ConfigError
 
 AUTOSCALED_VARIABLE = "DUALSWEEP_AUTOSCALED"
+NODE_WATCH_S = 1.0
 
 # Ray reads these when it is imported or starts its processes, so they are set before `import ray` wherever possible.
 _QUIET = {
@@ -218,6 +221,52 @@ def _too_large(compute: ComputeConfig, cpus: float, gpus: float, where: str) -> 
         f"{field}={compute.fewest_workers}: one trial needs {workers * compute.cpus_per_worker} CPUs{gpu}, but {where} has "
         f"{cpus:g} CPUs and {gpus:g} GPUs; lower {field}, cpus_per_worker or gpus_per_worker, or join a larger cluster"
     )
+
+
+@contextmanager
+def nodes_announced() -> Iterator[None]:
+    """Have elastic groups see at once that a node came or went, while the block runs.
+
+    Ray sizes them by the view of an actor, the coordinator, which looks at the cluster every 20 s, a constant; `recompute`
+    makes it look again. It is not in Ray's public interface: without it a resize takes longer, nothing else. The
+    coordinator is started here because it is bound to the node it is started from: elsewhere that node's death would
+    leave groups on other nodes with nobody to ask.
+    """
+    import ray
+
+    try:
+        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+            get_or_create_autoscaling_coordinator,
+        )
+
+        coordinator = get_or_create_autoscaling_coordinator()
+    except ImportError:
+        yield
+        return
+
+    def living() -> set[str]:
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+    def watch(known: set[str]) -> None:
+        while not over.wait(NODE_WATCH_S):
+            try:
+                now = living()
+                if now != known:
+                    ray.get(coordinator.get_reserved_resources.remote("dualsweep", recompute=True), timeout=10.0)
+                    known = now
+            except ray.exceptions.RayError:  # just starting again, or busy: asked at the next turn
+                continue
+            except TypeError:  # a Ray that knows no `recompute`
+                return
+
+    over = threading.Event()
+    watcher = threading.Thread(target=watch, args=(living(),), daemon=True, name="nodes")
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join(15.0)
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,7 @@ class ComputeConfig(_Section):
     """Ray Train workers a trial; 0 runs the loop inside the Tune actor, {min, max} resizes with the cluster."""
     resize_interval_s: Positive = 10.0
     """An elastic group looks this often whether the cluster has grown."""
-    restart_timeout_s: Positive = 15.0
+    restart_timeout_s: Positive = 5.0
     """An elastic group that a dead node still counted in waits this long for it before it takes what is there."""
     concurrent_trials: Count | Literal["auto"] = "auto"
     cpus_per_worker: Count = 1

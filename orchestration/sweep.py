@@ -20,6 +20,7 @@ from dualsweep.orchestration.cluster import (
     Held,
     cluster_address,
     leave_repository_root,
+    nodes_announced,
     quiet_environment,
     slots_for,
     start_ray,
@@ -198,7 +199,8 @@ def _fit(
             failure_config=tune.FailureConfig(max_failures=config.compute.max_failures),
         ),
     )
-    with _own_output(plan.folder / "driver.log"):
+    fresh_sizes = nodes_announced() if config.compute.elastic else contextlib.nullcontext()
+    with _own_output(plan.folder / "driver.log"), fresh_sizes:
         results = tuner.fit()
     errors = [str(error) for error in results.errors]
     return errors[-1] if errors else None

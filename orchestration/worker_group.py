@@ -75,7 +75,7 @@ def _ray_train(job: dict[str, Any], config: SweepConfig, folder: Path) -> None:
         resources["GPU"] = compute.gpus_per_worker
     workers = (compute.fewest_workers, compute.most_workers) if compute.elastic else compute.workers
     if compute.elastic:
-        # After a node's death the group is first placed at its old size. Train hands this variable on to its controller.
+        # How long room that is no longer there is waited for. Train hands this variable on to its controller.
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(compute.restart_timeout_s)
     trainer = TorchTrainer(
         train_loop,

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -26,6 +27,17 @@ TINY = {
     "evaluation": {"num_samples": 64, "num_sampling_steps": 4, "noise_levels": 8},
     "checkpoint_every_dual_steps": 3,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_ray():
+    """Ray notes a cluster that runs here for all users of the machine: ours is noted elsewhere, and we join nobody else's.
+
+    The folder's name is short because Ray's sockets lie below it, and a socket's path may have 107 characters.
+    """
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        yield
 
 
 @pytest.fixture

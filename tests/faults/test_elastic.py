@@ -1,20 +1,20 @@
 """An elastic group on a cluster of raylets: it grows when a node joins, shrinks when one is killed, and loses no dual step."""
 
 import os
-import re
 import signal
+import time
 
 import pytest
 import ray
-import yaml
 from ray.cluster_utils import Cluster
 
 from dualsweep.constraints import DualState
-from dualsweep.orchestration.cluster import ClusterInfo, quiet_environment, slots_for
-from dualsweep.orchestration.config import ComputeConfig, ConfigError, sweep_points
+from dualsweep.orchestration.cluster import ClusterInfo, nodes_announced, quiet_environment, slots_for
+from dualsweep.orchestration.config import ComputeConfig, ConfigError, SweepConfig, sweep_points
 from dualsweep.orchestration.dual_ledger import check_dual_steps
 from dualsweep.orchestration.journal import read_journal
 from dualsweep.orchestration.local_dual import LocalDual
+from dualsweep.orchestration.preflight import preflight
 from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.loop import run_trial
 from dualsweep.trainers.workspace import Workspace
@@ -28,7 +28,8 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     quiet_environment()
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": None}  # None: any free port
+    started = Cluster(initialize_head=True, head_node_args=head)
     try:
         yield started
     finally:
@@ -37,7 +38,7 @@ def cluster(tmp_path, monkeypatch):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_group_grows_and_shrinks_and_no_dual_step_is_missing_or_doubled(
     cluster, tiny_config, write_config, command, wait_for, tmp_path, moment
 ):
@@ -89,6 +90,21 @@ def test_a_group_grows_and_shrinks_and_no_dual_step_is_missing_or_doubled(
         assert two["objective"] == pytest.approx(one["objective"], rel=1e-3)
 
 
+@pytest.mark.ray
+@pytest.mark.heavy
+def test_ray_sees_at_once_that_a_node_joined(cluster):
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    with nodes_announced():
+        coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+        ray.get(coordinator.request_resources.remote("test", [{"CPU": 1}] * 2, expire_after_s=300))
+        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=1)
+        deadline = time.monotonic() + 10  # Ray itself looks every 20 s
+        while len(ray.get(coordinator.get_reserved_resources.remote("test"))) < 2:
+            assert time.monotonic() < deadline, "the new nodes were not announced"
+            time.sleep(0.2)
+
+
 def calm_rows(config, tmp_path, count):
     """The first dual steps of the sweep's one trial, from its pretrained model, on one worker and undisturbed."""
 
@@ -135,11 +151,9 @@ def test_as_many_elastic_groups_as_fit_at_their_largest_and_at_least_one():
         ("two", r"compute\.workers"),
     ],
 )
-def test_bad_sizes_are_refused_by_name(tiny_config, command, write_config, tmp_path, workers, message):
+def test_bad_sizes_are_refused_by_name(tiny_config, tmp_path, workers, message):
     values = tiny_config(name="bad").to_dict()
     values["compute"]["workers"] = workers
-    path = tmp_path / "bad.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    code, output = command("sweep", str(path), "--address", "local", cwd=tmp_path)
-    assert code == 2 and re.search(message, " ".join(output.split())), output
+    with pytest.raises(ConfigError, match=message):
+        preflight(SweepConfig.from_dict(values), on_cluster=True)  # this machine need not have room for it
     assert not (tmp_path / "runs").exists()

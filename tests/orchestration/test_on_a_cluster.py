@@ -21,7 +21,8 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     quiet_environment()
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": None}  # None: any free port
+    started = Cluster(initialize_head=True, head_node_args=head)
     started.add_node(num_cpus=1)
     started.add_node(num_cpus=1)
     started.wait_for_nodes()
