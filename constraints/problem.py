@@ -22,6 +22,7 @@ class i) for a model of class restrictions (methods.md H1); at most s is the for
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -215,14 +216,16 @@ class Problem:
             raise ValueError(f"thresholds: {error}")
         self.domain.project(np.zeros(len(self.constraints)))  # refuses caps that do not match the constraints
 
-    @property
+    @cached_property  # this and the next are read at every dual step
     def names(self) -> tuple[str, ...]:
         return tuple(c.name for c in self.constraints)
 
-    @property
+    @cached_property
     def thresholds(self) -> NDArray[np.float64]:
-        """Canonical thresholds, shape (num_constraints,)."""
-        return np.array([c.canonical_threshold for c in self.constraints], dtype=np.float64)
+        """Canonical thresholds, shape (num_constraints,), read-only."""
+        thresholds = np.array([c.canonical_threshold for c in self.constraints], dtype=np.float64)
+        thresholds.flags.writeable = False
+        return thresholds
 
     @property
     def relaxation_costs(self) -> tuple[float | None, ...]:

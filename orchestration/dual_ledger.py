@@ -4,6 +4,7 @@ Every change is first turned into journal records by the methods here and takes 
 replaying the journal rebuilds exactly the same state.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +18,10 @@ from dualsweep.constraints import (
     Problem,
     complementarity_residual,
     infeasibility,
-    kkt_residual,
     min_max_level,
     rule_from_config,
 )
+from dualsweep.constraints.checks import checked_number
 from dualsweep.trainers.dual_client import Reply
 
 FINAL = ("completed", "stopped", "failed", "diverged")
@@ -62,7 +63,9 @@ class DualLedger:
         self.slots: dict[str, dict[str, Any] | None] = {}  # slot -> its assignment; None: the slot is closed
 
     def book(self, trial_id: str) -> TrialBook:
-        return self.trials.setdefault(trial_id, TrialBook(trial_id))
+        if trial_id not in self.trials:
+            self.trials[trial_id] = TrialBook(trial_id)
+        return self.trials[trial_id]
 
     def begin(
         self, trial_id: str, attempt: int, *, problem: dict, rule: dict, start: list[float], dual_state: dict | None
@@ -110,11 +113,14 @@ class DualLedger:
         state = book.rule.step(book.state, violation, book.problem.domain)
         row = _row(book.problem, state, attempt, violation, measurement)
         for name, value in row.items():
-            if not np.isfinite(value).all():
+            if not _finite(value):
                 raise NonFiniteError(
                     f"trial {trial_id}: {name}={value} at dual step {dual_step} is not finite; look at its data"
                 )
-        return [{"kind": "step", "trial": trial_id, "row": row, "state": state.to_dict()}]
+        record = {"kind": "step", "trial": trial_id, "row": row}
+        if memory := {key: kept.tolist() for key, kept in state.rule_state.items() if key != "smoothed_violation"}:
+            record["memory"] = memory
+        return [record]
 
     def reply(self, trial_id: str) -> Reply:
         book = self.book(trial_id)
@@ -144,7 +150,7 @@ class DualLedger:
             del book.rows[book.state.step :]
             book.checkpoint_step, book.error = book.state.step, None
         elif kind == "step":
-            book.state = DualState.from_dict(record["state"])
+            book.state = _state_after(book.problem, record)
             book.rows.append(record["row"])
         elif kind == "checkpoint":
             book.checkpoint_step = max(book.checkpoint_step, record["dual_step"])
@@ -188,12 +194,31 @@ def check_dual_steps(records: Sequence[dict[str, Any]], trial_id: str) -> TrialB
     return book
 
 
+def _state_after(problem: Problem, record: dict[str, Any]) -> DualState:
+    """The dual state of a step's record: what its row shows, and the rest of the rule's memory."""
+    row = record["row"]
+    return DualState(
+        names=problem.names,
+        multipliers=row["multipliers"],
+        relaxations=row["relaxations"],
+        rule_state={"smoothed_violation": row["smoothed_violations"], **record.get("memory", {})},
+        step=row["dual_step"],
+    )
+
+
+def _finite(value: float | Sequence[float]) -> bool:
+    return all(map(math.isfinite, value)) if isinstance(value, list) else math.isfinite(value)
+
+
 def _row(
     problem: Problem, state: DualState, attempt: int, violation: np.ndarray, measurement: dict[str, Any]
 ) -> dict[str, Any]:
     """The trace row of a dual step; `state` is the one after it."""
-    grad_norm = measurement["grad_norm"]
-    level = min_max_level(state.multipliers, violation - state.relaxations, problem.domain)
+    grad_norm = checked_number(measurement["grad_norm"], field="stationarity", at_least=0)
+    relaxed = violation - state.relaxations
+    level = min_max_level(state.multipliers, relaxed, problem.domain)
+    infeasible = infeasibility(relaxed, 0.0 if level is None else level)
+    complementarity = complementarity_residual(state, violation, problem.domain)
     return {
         "dual_step": state.step,
         "primal_step": measurement["primal_step"],
@@ -213,8 +238,8 @@ def _row(
         "violations": violation.tolist(),
         "violation_stderrs": list(measurement["metric_stderrs"]),
         "smoothed_violations": state.rule_state["smoothed_violation"].tolist(),
-        "infeasibility": infeasibility(violation, state.relaxations + (0.0 if level is None else level)),
-        "complementarity": complementarity_residual(state, violation, problem.domain),
+        "infeasibility": infeasible,
+        "complementarity": complementarity,
         "stationarity": grad_norm,
-        "kkt_residual": kkt_residual(state, violation, grad_norm, problem.domain),
+        "kkt_residual": max(infeasible, complementarity, grad_norm),
     }

@@ -1,21 +1,25 @@
 """The central Ray actor: multipliers, trace and leases of every trial of a sweep.
 
 It holds no CPU. Changes are written to the journal and synced before the answer leaves; reports that arrive while the
-disk is busy share the next sync (group commit). Ray restarts a dead actor, and the journal brings it back to the state
-that every answer was given from.
+disk is busy share the next sync (group commit). Reports come on connections of their own (`report_line.py`), everything
+else as calls of the actor. Ray restarts a dead actor, and the journal brings it back to the state that every answer was
+given from.
 """
 
 import asyncio
-import contextlib
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from dualsweep.constraints import NonFiniteError
 from dualsweep.orchestration.dual_ledger import FINAL, DualLedger, ProtocolError, StaleAttemptError, TrialBook
+from dualsweep.orchestration.group_commit import GroupCommit
 from dualsweep.orchestration.journal import Journal, RemoteJournal, encode_record
+from dualsweep.orchestration.report_line import Line, LineLost, LineServer
 from dualsweep.orchestration.storage import store_of
 from dualsweep.trainers.dual_client import Reply
 from dualsweep.trainers.store import StorageError, patience_s
@@ -31,22 +35,20 @@ class DualServer:
     def __init__(self, folder: str, storage: str) -> None:
         self.ledger = DualLedger()
         self.store = store_of(storage, Path(folder).parent)
-        self.journal: Journal | RemoteJournal
+        journal: Journal | RemoteJournal
         if self.store.uri is None:
-            self.journal = Journal(Path(folder) / "journal.jsonl")
+            journal = Journal(Path(folder) / "journal.jsonl")
         else:
-            self.journal = RemoteJournal(self.store, Path(folder))
-        for record in self.journal.records:
+            journal = RemoteJournal(self.store, Path(folder))
+        for record in journal.records:
             self.ledger.apply(record)
-        self.journal.records = []
+        journal.records = []
         self._bases: set[str] = set()  # pretrained models known to be there
         self._group_sizes: dict[str, int] = {}  # slot -> workers of the group that asked last
         self._halting = False
-        self._pending: list[bytes] = []
-        self._accepted = self._durable = 0  # records applied, records on disk
-        self._failures: list[Exception] = []  # of writes
-        self._writing = asyncio.Lock()
-        self._changed = asyncio.Condition()
+        self._commit = GroupCommit(journal)
+        self._line = LineServer()
+        self._waiting: dict[str, set[asyncio.Future[None]]] = {}  # trial or slot -> who waits for a change of it
 
     # -- worker groups -------------------------------------------------------------------------------------------
 
@@ -78,7 +80,7 @@ class DualServer:
                     if assignment["kind"] == "base" or await self._has_base(assignment["base_dir"]):
                         return {**assignment, "attempt": book.attempt + 1}
                     await self._give_up_without_base(assignment["trial_id"])
-            await self._wait()
+            await self._wait(slot)
 
     async def _has_base(self, base_dir: str) -> bool:
         if base_dir not in self._bases:
@@ -104,8 +106,21 @@ class DualServer:
         return self.ledger.reply(trial_id)
 
     async def report(self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]) -> Reply:
-        await self._perform(self.ledger.report(trial_id, attempt, dual_step, measurement))
-        return self.ledger.reply(trial_id)
+        durable, answer = self._book_report(trial_id, attempt, dual_step, measurement)
+        if durable is not None:
+            await durable
+        return answer()
+
+    def _book_report(
+        self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]
+    ) -> tuple[asyncio.Future[None] | None, Callable[[], Reply]]:
+        """See `report_line.Book`. Raises: as `DualLedger.report`."""
+        durable = self._apply(self.ledger.report(trial_id, attempt, dual_step, measurement))
+        return durable, lambda: self.ledger.reply(trial_id)
+
+    async def line(self) -> tuple[str, int, str]:
+        """Where reports may be sent without Ray: host, port and token."""
+        return await self._line.address(ray.util.get_node_ip_address(), self._book_report)
 
     async def checkpointed(self, trial_id: str, attempt: int, dual_step: int, path: str) -> None:
         self._fence(trial_id, attempt)
@@ -190,7 +205,7 @@ class DualServer:
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            await self._wait(left)
+            await self._wait(trial_id, timeout_s=left)
         reached = min(len(book.rows), seen + every)
         ended = self._over(book) and len(book.rows) <= seen + every
         status = "running" if not ended else book.status if book.status in FINAL else "interrupted"
@@ -205,14 +220,12 @@ class DualServer:
         self._halting = True
         for trial_id in list(self.ledger.trials):
             await self._direct(trial_id, "interrupt")
-        await self._notify()
+        self._wake(*self._waiting)
 
     async def close(self) -> None:
         """Everything answered is on disk already; what a failed write left is tried once more before the actor goes."""
-        with contextlib.suppress(StorageError):  # nobody was told of these records
-            await self._perform([])
-        async with self._writing:
-            self.journal.close()
+        self._line.close()
+        await self._commit.close()
 
     async def _direct(self, trial_id: str, directive: str) -> None:
         if self.ledger.book(trial_id).status == "running":
@@ -232,46 +245,42 @@ class DualServer:
 
     # -- durability ----------------------------------------------------------------------------------------------
 
-    async def _perform(self, records: list[dict[str, Any]]) -> None:
-        """Apply records and return once they, and all before them, are on disk.
-
-        Whoever gets the lock writes everything that has gathered by then, so callers that wait share one sync. A failed
-        write keeps the records for the next try; the caller, and everyone who waited for it, gets the error instead of an
-        answer: a remote store was given its time by then.
-        """
+    def _apply(self, records: list[dict[str, Any]]) -> asyncio.Future[None] | None:
+        """Apply records. Returns: what is done once they, and all before them, are on disk; None if they are already."""
         lines = [encode_record(record) for record in records]  # what cannot be written must not take effect
         for record in records:
             self.ledger.apply(record)
-        self._pending += lines
-        self._accepted += len(records)
-        target = self._accepted
-        while self._durable < target:
-            failures = len(self._failures)
-            async with self._writing:
-                if len(self._failures) > failures:
-                    raise self._failures[-1]
-                if self._durable < target:
-                    batch = list(self._pending)
-                    try:
-                        await asyncio.get_running_loop().run_in_executor(None, self.journal.append, batch)
-                    except OSError as error:
-                        self._failures.append(error)
-                        raise
-                    del self._pending[: len(batch)]
-                    self._durable += len(batch)
-        if records:
-            await self._notify()
+        durable = self._commit.add(lines)
+        if durable is not None:
+            changed = {record[key] for record in records for key in ("trial", "slot") if key in record}
+            durable.add_done_callback(lambda _: self._wake(*changed))
+        return durable
 
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    async def _perform(self, records: list[dict[str, Any]]) -> None:
+        """Apply records and return once they, and all before them, are on disk."""
+        durable = self._apply(records)
+        if durable is not None:
+            await durable
 
-    async def _wait(self, timeout_s: float = 0.5) -> None:
-        async with self._changed:
-            try:
-                await asyncio.wait_for(self._changed.wait(), timeout_s)
-            except TimeoutError:
-                return
+    def _wake(self, *keys: str) -> None:
+        for key in keys:
+            for waiter in self._waiting.get(key, ()):
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    async def _wait(self, key: str, *, timeout_s: float = 0.5) -> None:
+        """Until a record of this trial or slot is durable, or the time is over."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(key, set()).add(waiter)
+        try:
+            await asyncio.wait_for(waiter, timeout_s)
+        except TimeoutError:
+            return
+        finally:
+            waiters = self._waiting[key]
+            waiters.discard(waiter)
+            if not waiters:
+                del self._waiting[key]
 
 
 def watched(book: TrialBook, cursor: int, *, with_result: bool) -> dict[str, Any]:
@@ -293,11 +302,22 @@ def watched(book: TrialBook, cursor: int, *, with_result: bool) -> dict[str, Any
     }
 
 
+_REFUSALS = {
+    kind.__name__: kind for kind in (StaleAttemptError, ProtocolError, StorageError, NonFiniteError, ValueError)
+}
+
+
+def _timeout_s() -> float:
+    """An answer may have to wait for a remote store."""
+    return max(CALL_TIMEOUT_S, patience_s() + 30.0)
+
+
 class RayDual:
     """DualClient over the actor's handle: every call has a time limit and survives a restart of the actor."""
 
     def __init__(self, handle) -> None:
         self.handle = handle
+        self._line = Line(lambda: self.call("line"))
 
     def begin(
         self, trial_id: str, attempt: int, *, problem: dict, rule: dict, start: list[float], dual_state: dict | None
@@ -305,7 +325,28 @@ class RayDual:
         return self.call("begin", trial_id, attempt, problem, rule, start, dual_state)
 
     def report(self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]) -> Reply:
-        return self.call("report", trial_id, attempt, dual_step, measurement)
+        return self.submit(trial_id, attempt, dual_step, measurement)()
+
+    def submit(self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]) -> Callable[[], Reply]:
+        """Where the line is lost, Ray carries the report again: the server answers a repeated one from its books."""
+        report, timeout_s = (trial_id, attempt, dual_step, measurement), _timeout_s()
+        try:
+            self._line.send(*report)
+        except LineLost:
+            reference = self.handle.report.remote(*report)
+            return lambda: self._get("report", reference, timeout_s)
+
+        def answer() -> Reply:
+            try:
+                answered = self._line.receive(timeout_s)
+            except LineLost:
+                return self.call("report", *report)
+            if isinstance(answered, Reply):
+                return answered
+            name, text = answered
+            raise _REFUSALS[name](text) if name in _REFUSALS else RuntimeError(f"DualServer: {name}: {text}")
+
+        return answer
 
     def checkpointed(self, trial_id: str, attempt: int, dual_step: int, path: str) -> None:
         self.call("checkpointed", trial_id, attempt, dual_step, path)
@@ -323,10 +364,12 @@ class RayDual:
 
     def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
         """Raises: StaleAttemptError, ProtocolError, ValueError as the server does; RuntimeError when it does not answer."""
-        # An answer may have to wait for a remote store.
-        timeout_s = max(CALL_TIMEOUT_S, patience_s() + 30.0) if timeout_s is None else timeout_s
+        reference = getattr(self.handle, method).remote(*args)
+        return self._get(method, reference, _timeout_s() if timeout_s is None else timeout_s)
+
+    def _get(self, method: str, reference: Any, timeout_s: float) -> Any:
         try:
-            return ray.get(getattr(self.handle, method).remote(*args), timeout=timeout_s)
+            return ray.get(reference, timeout=timeout_s)
         except ray.exceptions.RayTaskError as error:
             cause = error.as_instanceof_cause()
             if isinstance(cause, (StaleAttemptError, ProtocolError, StorageError, ValueError)):
