@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dualsweep.constraints import GridPoint, grid_point, grid_points, rule_from_config
 from dualsweep.constraints.senses import threshold_sense
 from dualsweep.datasets import DatasetSpec
+from dualsweep.trainers.dual_client import NOT_THE_RULES
 
 STORAGE_VARIABLE = "DUALSWEEP_STORAGE"
 TRACKING_VARIABLE = "DUALSWEEP_TRACKING_URI"
@@ -131,10 +132,12 @@ class DualConfig(_Section):
     start: Annotated[float, Field(ge=0)] = 0.0
     """Multipliers a trial starts from."""
     primal_steps_per_dual_step: Count = 20
+    mode: Literal["alternating", "pipelined"] = "alternating"
+    """pipelined: a report is under way during the next primal steps, whose multipliers are those of the answer before."""
 
     def rule_config(self) -> dict[str, Any]:
-        rest = self.model_dump(exclude={"start", "primal_steps_per_dual_step"}, exclude_none=True)
-        return rest
+        """What the dual rule itself is made from."""
+        return self.model_dump(exclude=set(NOT_THE_RULES), exclude_none=True)
 
     @model_validator(mode="after")
     def _rule_accepts(self) -> "DualConfig":

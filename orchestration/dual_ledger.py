@@ -224,6 +224,7 @@ def _row(
         "primal_step": measurement["primal_step"],
         "attempt": attempt,
         "workers": measurement["workers"],
+        "lag": measurement.get("lag", 0),
         "wall_time": measurement["wall_time"],
         "lr": measurement["lr"],
         "grad_norm": grad_norm,

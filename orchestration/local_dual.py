@@ -1,5 +1,6 @@
 """A DualClient in this process, without Ray or journal: notebooks, tests and `workers: 0` debugging."""
 
+from collections.abc import Callable
 from typing import Any
 
 from dualsweep.orchestration.dual_ledger import DualLedger
@@ -23,6 +24,18 @@ class LocalDual:
     def report(self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]) -> Reply:
         self._perform(self.ledger.report(trial_id, attempt, dual_step, measurement))
         return self.ledger.reply(trial_id)
+
+    def submit(self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]) -> Callable[[], Reply]:
+        try:
+            reply = self.report(trial_id, attempt, dual_step, measurement)
+        except (RuntimeError, ValueError) as error:  # a refusal is an answer, and comes when it is asked for
+            refusal = error
+
+            def refused() -> Reply:
+                raise refusal
+
+            return refused
+        return lambda: reply
 
     def checkpointed(self, trial_id: str, attempt: int, dual_step: int, path: str) -> None:
         self._perform([{"kind": "checkpoint", "trial": trial_id, "dual_step": dual_step}])

@@ -120,15 +120,19 @@ class Line:
         """
         self._find = find
         self._socket: socket.socket | None = None
+        self._owed = False  # an answer that nobody has received
         self._not_before = 0.0
 
     def send(self, *report: Any) -> None:
         """Raises: LineLost at once while the port is known not to answer."""
         content = frame(report)
+        if self._owed:  # its attempt is over; the answer must not be taken for the next one's
+            self.close()
         try:
             if self._socket is None:
                 self._socket = self._connected()
             self._socket.sendall(content)
+            self._owed = True
         except OSError as error:
             self.close()
             raise LineLost(str(error)) from error
@@ -141,6 +145,7 @@ class Line:
             self._socket.settimeout(timeout_s)
             (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
             content = json.loads(self._exactly(length))
+            self._owed = False
         except OSError as error:
             self.close()
             raise LineLost(str(error)) from error
@@ -176,4 +181,4 @@ class Line:
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
-            self._socket = None
+        self._socket, self._owed = None, False

@@ -16,7 +16,13 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-INTEGER_COLUMNS = {"dual_step": pa.int64(), "primal_step": pa.int64(), "attempt": pa.int32(), "workers": pa.int32()}
+INTEGER_COLUMNS = {
+    "dual_step": pa.int64(),
+    "primal_step": pa.int64(),
+    "attempt": pa.int32(),
+    "workers": pa.int32(),
+    "lag": pa.int32(),  # dual steps that the multipliers of the primal steps after this row trail it: 1 if pipelined
+}
 SCALAR_COLUMNS = (
     "wall_time",
     "lr",

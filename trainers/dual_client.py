@@ -1,9 +1,15 @@
 """What the training loop needs from whoever holds the multipliers. No Ray here: tests and notebooks pass a plain object."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 Directive = Literal["continue", "stop", "interrupt"]
+NOT_THE_RULES = (
+    "start",
+    "primal_steps_per_dual_step",
+    "mode",
+)  # fields of the config's `dual` that the loop reads itself
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,10 @@ class DualClient(Protocol):
 
     def report(self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]) -> Reply:
         """One dual step: measured objective and constraint metrics in, multipliers out."""
+        ...
+
+    def submit(self, trial_id: str, attempt: int, dual_step: int, measurement: dict[str, Any]) -> Callable[[], Reply]:
+        """The same without waiting: send the report, and return what waits for its answer. One may be under way."""
         ...
 
     def checkpointed(self, trial_id: str, attempt: int, dual_step: int, path: str) -> None:

@@ -18,7 +18,7 @@ from dualsweep.datasets.streams import Draw
 from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.bad_numbers import BatchNonFiniteError, drawn_part, report_path, told, write_report
 from dualsweep.trainers.checkpoints import find_checkpoint, save_checkpoint, tidy
-from dualsweep.trainers.dual_client import DualClient, Reply
+from dualsweep.trainers.dual_client import NOT_THE_RULES, DualClient, Reply
 from dualsweep.trainers.methods import METHODS, Method, Pretraining, StreamSums
 from dualsweep.trainers.methods.base import make_batch
 from dualsweep.trainers.metrics import Draws, Measurement, loss_measurement, mean_and_stderr, shard_counts
@@ -64,6 +64,11 @@ class _Trial:
         self.fingerprint = assignment.fingerprint(config)
         self.started = time.time()
         self.first_step: float | None = None
+        self.pipelined = config["dual"]["mode"] == "pipelined"
+        self.interval: int = config["dual"]["primal_steps_per_dual_step"]
+        self.reply: Reply  # the newest answer
+        self.in_use: tuple[float, ...]  # multipliers of the primal steps: the newest answer's, or the one's before it
+        self._under_way: tuple[int, Callable[[], Reply] | None] | None = None  # dual step, and rank 0's wait for it
 
     def run(self) -> dict[str, Any] | None:
         workspace, config = self.workspace, self.workspace.config
@@ -77,14 +82,14 @@ class _Trial:
         trained, ema = workspace.modules()
         train = TrainState(trained, ema, self.optimizer, workspace.accelerator.scaler)
         problem = self._problem()
-        reply = self._begin(train, problem)
-        multipliers = torch.tensor(reply.multipliers, dtype=torch.float32, device=workspace.device)
+        self.reply = self._begin(train, problem)
+        self.in_use = tuple(train.extra.get("multipliers_in_use", self.reply.multipliers))
+        multipliers = torch.tensor(self.in_use, dtype=torch.float32, device=workspace.device)
         detector = self._detector(train)
         streams = workspace.streams(self.method, self.optimizer, config["seed"])
         tensors = {name: samples for name, (samples, _) in self.method.streams().items()}
         shards = list(streams.shards_of(workspace.rank, workspace.world_size))
         sums = StreamSums(1 + len(self.names), workspace.device)
-        interval = config["dual"]["primal_steps_per_dual_step"]
         steps = 0 if formulation.starts_optimal and not self.names and not self.is_base else self.optimizer["steps"]
         status, reason, grad_norm = "completed", None, train.extra.get("grad_norm", 0.0)
         trained.train()
@@ -108,37 +113,35 @@ class _Trial:
             else:  # dual-only: a primal step is the exact minimiser at these multipliers, nothing to update
                 self.first_step = self.first_step or time.time()
                 train.primal_step += 1
-            if train.primal_step % interval:
+            if train.primal_step % self.interval:
                 continue
-            with self._named_dual_step(train, shards, interval):
-                measurement = self._measure(train, sums, shards, problem, reply, multipliers, grad_norm)
-                reply = self._agree(
-                    lambda m=measurement: self.dual.report(
-                        self.assignment.trial_id, self.assignment.attempt, train.dual_step + 1, m
-                    )
-                )
+            with self._named_dual_step(train.dual_step + 1, shards):
+                measurement = self._measure(train, sums, shards, problem, multipliers, grad_norm)
+            directive = self._report(train.dual_step + 1, measurement, shards)
             sums.reset()
             train.dual_step += 1
             train.extra["grad_norm"] = grad_norm
-            multipliers.copy_(torch.tensor(reply.multipliers, dtype=torch.float32))
+            multipliers.copy_(torch.tensor(self.in_use, dtype=torch.float32))
             if detector is not None:
-                reason = detector.see(measurement["objective"], reply.multipliers)
+                reason = detector.see(measurement["objective"], self.in_use)
                 train.extra["runaway"] = detector.state
             if reason is not None:
                 status, reason = "diverged", f"runs away at dual step {train.dual_step}: {reason}"
                 break
-            if reply.directive == "interrupt" or train.dual_step % config["checkpoint_every_dual_steps"] == 0:
-                self._checkpoint(train, reply)
-            if reply.directive == "interrupt":
+            if directive == "interrupt" or train.dual_step % config["checkpoint_every_dual_steps"] == 0:
+                self._settle(shards)
+                self._checkpoint(train)
+            if directive == "interrupt":
                 return None
-            if reply.directive == "stop":
+            if directive == "stop":
                 status = "stopped"
                 break
+        self._settle(shards)
         if self.is_base:
             return self._finish_base(train, reason)
         if status != "completed":  # the slot is wanted for the next point: no evaluation, no claim
-            return self._summary(train, problem, reply, status, reason)
-        return self._finish(train, problem, reply)
+            return self._summary(train, problem, status, reason)
+        return self._finish(train, problem)
 
     # -- the problem ---------------------------------------------------------------------------------------------
 
@@ -170,7 +173,7 @@ class _Trial:
         dual = self.workspace.config["dual"]
         if self.assignment.kind == "fixed_weights":
             return {"rule": "fixed"}, [self.assignment.fixed_weight] * len(self.names)
-        rule = {k: v for k, v in dual.items() if k not in ("start", "primal_steps_per_dual_step") and v is not None}
+        rule = {k: v for k, v in dual.items() if k not in NOT_THE_RULES and v is not None}
         return rule, [dual["start"]] * len(self.names)
 
     def _begin(self, train: TrainState, problem: Problem) -> Reply:
@@ -251,17 +254,17 @@ class _Trial:
             ) from error
 
     @contextmanager
-    def _named_dual_step(self, train: TrainState, shards: list[int], interval: int) -> Iterator[None]:
+    def _named_dual_step(self, number: int, shards: list[int]) -> Iterator[None]:
         """The same for what a dual step measured; the address of its draws is the dual step and the shards."""
         try:
             yield
         except NonFiniteError as error:
-            steps = [train.primal_step - interval + 1, train.primal_step]
-            address = {"dual_step": train.dual_step + 1, "primal_steps": steps, "draws_counter": train.dual_step}
+            steps = [(number - 1) * self.interval + 1, number * self.interval]
+            address = {"dual_step": number, "primal_steps": steps, "draws_counter": number - 1}
             path = self._keep(str(error), together=False, **address, shards=shards)
             raise NonFiniteError(
-                f"{error}; measured at dual step {train.dual_step + 1} after the primal steps {steps[0]} to {steps[1]} "
-                f"(seed {self.workspace.config['seed']}, draws {train.dual_step} of shards {shards}); kept in {path}"
+                f"{error}; measured at dual step {number} after the primal steps {steps[0]} to {steps[1]} "
+                f"(seed {self.workspace.config['seed']}, draws {number - 1} of shards {shards}); kept in {path}"
             ) from error
 
     def _keep(self, text: str, *, together: bool, **what: Any) -> Path:
@@ -275,13 +278,36 @@ class _Trial:
 
     # -- dual steps ----------------------------------------------------------------------------------------------
 
+    def _report(self, number: int, measurement: dict[str, Any], shards: list[int]) -> str:
+        """Send a dual step's report and take the multipliers of the next primal steps into use.
+
+        alternating: those of its own answer, waited for. pipelined: those of the answer before, while it is under way.
+        Returns: the directive that came with them.
+        """
+        report = (self.assignment.trial_id, self.assignment.attempt, number, measurement)
+        self._settle(shards)
+        if self.pipelined:
+            self._under_way = (number, self.dual.submit(*report) if self.workspace.rank == 0 else None)
+        else:
+            with self._named_dual_step(number, shards):
+                self.reply = self._agree(lambda: self.dual.report(*report))
+        self.in_use = self.reply.multipliers
+        return self.reply.directive
+
+    def _settle(self, shards: list[int]) -> None:
+        """Wait for the answer that is under way, if one is. The multipliers in use stay as they are."""
+        if self._under_way is not None:
+            number, answer = self._under_way
+            with self._named_dual_step(number, shards):
+                self.reply = self._agree(answer)
+            self._under_way = None
+
     def _measure(
         self,
         train: TrainState,
         sums: StreamSums,
         shards: list[int],
         problem: Problem,
-        reply: Reply,
         multipliers: torch.Tensor,
         grad_norm: float,
     ) -> dict[str, Any]:
@@ -301,12 +327,13 @@ class _Trial:
         return {
             "primal_step": train.primal_step,
             "workers": self.workspace.world_size,
+            "lag": int(self.pipelined),
             "wall_time": time.time(),
             "lr": train.lr,
             "grad_norm": grad_norm,
             "objective": objective,
             "objective_stderr": stderr,
-            "lagrangian": objective + float(np.dot(reply.multipliers, terms)),
+            "lagrangian": objective + float(np.dot(self.in_use, terms)),
             "metrics": measured.metrics,
             "metric_stderrs": measured.stderrs,
             "counts": measured.counts,
@@ -332,10 +359,12 @@ class _Trial:
         train.extra["window"] = window
         return self.method.measurement(np.concatenate(window), multipliers.cpu().numpy())
 
-    def _checkpoint(self, train: TrainState, reply: Reply) -> None:
+    def _checkpoint(self, train: TrainState) -> None:
+        if self.pipelined:
+            train.extra["multipliers_in_use"] = list(self.in_use)
         if self.workspace.rank == 0:
             folder = save_checkpoint(
-                train, self.folder, self.store, dual_state=reply.dual_state, fingerprint=self.fingerprint
+                train, self.folder, self.store, dual_state=self.reply.dual_state, fingerprint=self.fingerprint
             )
             self.dual.checkpointed(self.assignment.trial_id, self.assignment.attempt, train.dual_step, str(folder))
         self.workspace.accelerator.wait_for_everyone()
@@ -371,15 +400,15 @@ class _Trial:
         workspace.accelerator.wait_for_everyone()
         return result
 
-    def _finish(self, train: TrainState, problem: Problem, reply: Reply) -> dict[str, Any] | None:
+    def _finish(self, train: TrainState, problem: Problem) -> dict[str, Any] | None:
         result = None
         if self.workspace.rank == 0:
             result = evaluate_trial(
                 self.workspace,
                 self.method,
-                self._summary(train, problem, reply, "completed", None),
+                self._summary(train, problem, "completed", None),
                 problem,
-                reply,
+                self.reply,
                 self._rows(),
                 self.folder,
             )
@@ -387,16 +416,14 @@ class _Trial:
         self.workspace.accelerator.wait_for_everyone()
         return result
 
-    def _summary(
-        self, train: TrainState, problem: Problem, reply: Reply, status: str, reason: str | None
-    ) -> dict[str, Any]:
+    def _summary(self, train: TrainState, problem: Problem, status: str, reason: str | None) -> dict[str, Any]:
         begun = self.first_step and self.assignment.handed_over
         return trial_summary(
             self.workspace,
             self.method,
             self.assignment,
             problem,
-            reply,
+            self.reply,
             status=status,
             reason=reason,
             averaged=averaged_multipliers(self.names, self._rows()),

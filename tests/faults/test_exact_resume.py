@@ -111,20 +111,21 @@ class JournalledDual(LocalDual):
         self.journal.append(records)
 
 
-def config_of(case: str) -> SweepConfig:
+def config_of(case: str, mode: str = "alternating") -> SweepConfig:
     example, changes = CASES[case]
     values = load_config(EXAMPLES / f"{example}.yaml", environment=False).to_dict()
     for section, fields in [*TINY.items(), *changes.items()]:
         values[section] = {**values[section], **fields} if isinstance(fields, dict) else fields
     if values["dual"]["rule"] == "fixed":
         values["dual"] = {key: values["dual"][key] for key in ("rule", "start", "primal_steps_per_dual_step")}
+    values["dual"]["mode"] = mode
     return SweepConfig.from_dict(values)
 
 
-def new_workspace(case: str) -> Workspace:
+def new_workspace(case: str, mode: str) -> Workspace:
     """As a new process would have it: Accelerate keeps one state a process, with the precision of the first."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    config = config_of(case)
+    config = config_of(case, mode)
     workspace = Workspace(config.to_dict(), config.data)
     if case == "fp16 scaler":
         # The CPU's arithmetic stays float32, so the scale has to be huge to overflow. It grows every second step, steps are
@@ -180,10 +181,18 @@ def left_behind(assignment: Assignment, dual: LocalDual, result: dict) -> dict:
     }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_run_killed_at_any_step_resumes_to_the_same_bits(case, moment, tmp_path):
-    config = config_of(case)
-    workspace = new_workspace(case)
+# Pipelined in every run of the tests where the metric is measured in another way, or nothing but multipliers moves.
+PIPELINED = ("fairness share", "fairness loss", "unlearn_reverse_kl", "nupi")
+
+
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [(case, "alternating") for case in CASES]
+    + [pytest.param(case, "pipelined", marks=() if case in PIPELINED else pytest.mark.heavy) for case in CASES],
+)
+def test_a_run_killed_at_any_step_resumes_to_the_same_bits(case, mode, moment, tmp_path):
+    config = config_of(case, mode)
+    workspace = new_workspace(case, mode)
     point = config.thresholds.form["list"][0] if "list" in config.thresholds.form else {}
     names = workspace.constraint_names
     asked = {name: point.get(name, next(iter(point.values()), 0.2)) for name in names}
@@ -199,7 +208,7 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_bits(case, moment, tmp_pat
     )
     run_trial(workspace, replace(calm, trial_id="base", kind="base", thresholds={}), LocalDual())
     dual = LocalDual()
-    undisturbed = left_behind(calm, dual, run_trial(new_workspace(case), calm, dual))
+    undisturbed = left_behind(calm, dual, run_trial(new_workspace(case, mode), calm, dual))
 
     killed = replace(calm, trial_dir=str(tmp_path / "killed"))
     step, before = moment.randint(1, PRIMAL_STEPS), moment.random() < 0.5
@@ -208,12 +217,13 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_bits(case, moment, tmp_pat
     trains = METHODS[config.method](workspace.setting(names, config.to_dict()["primal"])).trains
     dying.dies_at = 0 if trains else -(-step // INTERVAL)
     with killed_at(step, before), pytest.raises(Killed):
-        run_trial(new_workspace(case), killed, dying)
+        run_trial(new_workspace(case, mode), killed, dying)
     dying.journal.close()
 
     survivor = JournalledDual(tmp_path / "journal.jsonl")
-    result = run_trial(new_workspace(case), replace(killed, attempt=2), survivor)
+    result = run_trial(new_workspace(case, mode), replace(killed, attempt=2), survivor)
     resumed = left_behind(killed, survivor, result)
+    assert {row["lag"] for row in undisturbed["rows"]} == {int(mode == "pipelined")}
     for part, value in undisturbed.items():
         assert resumed[part] == value, part
     if case == "fp16 scaler":

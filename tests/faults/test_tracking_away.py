@@ -29,7 +29,7 @@ def rows_of(count):
     rows = []
     for step in range(1, count + 1):
         row = {name: float(rng.normal()) for name in COLUMNS}
-        row |= {"dual_step": step, "primal_step": 2 * step, "attempt": 1, "wall_time": 1.7e9 + step / 8}
+        row |= {"dual_step": step, "primal_step": 2 * step, "attempt": 1, "lag": 0, "wall_time": 1.7e9 + step / 8}
         rows.append(row | {name: rng.normal(size=len(NAMES)).tolist() for name in VECTOR_COLUMNS})
     return rows
 

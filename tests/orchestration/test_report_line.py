@@ -140,6 +140,17 @@ def test_a_lost_line_is_told_and_found_again(tmp_path):
         assert len(there.server.ledger.book("t").rows) == 1
 
 
+def test_an_answer_nobody_waited_for_is_not_taken_for_the_next_one(tmp_path):
+    """An attempt may end while its report is under way; the next one goes on with the same line."""
+    with served(tmp_path / "s") as there:
+        there.run(there.server.begin("u", 1, *BEGIN.values()))
+        line = there.line()
+        line.send("t", 1, 1, measured(0.9))
+        line.send("u", 1, 1, measured(0.2))
+        assert line.receive(30).multipliers == (0.1 + 0.3 * 0.1,)
+        line.close()
+
+
 def test_a_port_that_does_not_answer_is_left_alone_for_a_while():
     asked = []
     with socket.create_server(("127.0.0.1", 0)) as closed:

@@ -28,7 +28,14 @@ def make_rows(count, constraints=NAMES, seed=0):
     rows = []
     for step in range(1, count + 1):
         row = {name: float(rng.normal()) for name in COLUMNS}
-        row |= {"dual_step": step, "primal_step": 2 * step, "attempt": 1, "workers": 1, "wall_time": 1.7e9 + step / 7}
+        row |= {
+            "dual_step": step,
+            "primal_step": 2 * step,
+            "attempt": 1,
+            "workers": 1,
+            "lag": 0,
+            "wall_time": 1.7e9 + step / 7,
+        }
         row |= {name: rng.normal(size=len(constraints)).tolist() for name in VECTOR_COLUMNS}
         rows.append(row)
     return rows

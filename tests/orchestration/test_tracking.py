@@ -39,7 +39,14 @@ def make_rows(count, constraints=NAMES, start=1, seed=0):
     rows = []
     for step in range(start, start + count):
         row = {name: float(rng.normal()) for name in COLUMNS}
-        row |= {"dual_step": step, "primal_step": 2 * step, "attempt": 1, "workers": 1, "wall_time": 1.7e9 + step / 8}
+        row |= {
+            "dual_step": step,
+            "primal_step": 2 * step,
+            "attempt": 1,
+            "workers": 1,
+            "lag": 0,
+            "wall_time": 1.7e9 + step / 8,
+        }
         row |= {name: rng.normal(size=len(constraints)).tolist() for name in VECTOR_COLUMNS}
         rows.append(row)
     return rows

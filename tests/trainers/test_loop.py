@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from dualsweep.orchestration.config import SweepConfig
 from dualsweep.orchestration.dual_ledger import StaleAttemptError
 from dualsweep.orchestration.local_dual import LocalDual
+from dualsweep.trainers import loop
 from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.loop import run_trial
 from dualsweep.trainers.models import load_model
@@ -283,6 +284,67 @@ def test_a_factor_is_of_the_pretrained_models_own_loss(calm):
     losses = sweep.base_result["calibration"]["metrics"]
     expected = [0.9 * losses[name] for name in sweep.workspace.constraint_names]
     assert dual.trace(assignment.trial_id)[0]["thresholds"] == pytest.approx(expected)
+
+
+class Late(LocalDual):
+    """Gives an answer out only when it is waited for, and notes when that was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[tuple[str, int]] = []
+
+    def submit(self, trial_id, attempt, dual_step, measurement):
+        self.events.append(("sent", dual_step))
+        answer = super().submit(trial_id, attempt, dual_step, measurement)
+
+        def waited():
+            self.events.append(("waited for", dual_step))
+            return answer()
+
+        return waited
+
+
+@pytest.mark.parametrize("mode", ["alternating", "pipelined"])
+def test_primal_steps_use_the_answer_that_the_mode_says(mode, sweeps, monkeypatch):
+    """alternating: this dual step's own. pipelined: the one's before it, while this one is under way."""
+    sweep, used, dual = sweeps("losses"), [], Late()
+    monkeypatch.setitem(sweep.workspace.config["dual"], "mode", mode)
+    taken = loop.primal_step
+
+    def primal_step(train, method, batch, multipliers, **given):
+        used.append(tuple(multipliers.tolist()))
+        dual.events.append(("primal", train.primal_step + 1))
+        return taken(train, method, batch, multipliers, **given)
+
+    monkeypatch.setattr(loop, "primal_step", primal_step)
+    sweep.run(sweep.fresh(f"mode-{mode}"), dual)
+    rows, trail = dual.trace(f"mode-{mode}"), int(mode == "pipelined")
+    start = (0.0,) * len(sweep.workspace.constraint_names)
+    answers = [start] * (1 + trail) + [tuple(np.float32(row["multipliers"]).tolist()) for row in rows]
+    assert len(set(answers)) >= DUAL_STEPS
+    assert used == [answers[step // 2] for step in range(2 * DUAL_STEPS)]
+    for number, row in enumerate(rows):
+        terms = [m * v for m, v in zip(answers[number], row["violations"], strict=True)]
+        assert row["lag"] == trail
+        assert row["lagrangian"] == pytest.approx(row["objective"] + sum(terms), rel=1e-6)
+    # A checkpoint, here every second dual step, needs that step's answer; the others wait for the next report.
+    first = [("sent", 1), ("primal", 3), ("primal", 4), ("waited for", 1), ("sent", 2), ("waited for", 2)]
+    then = [("primal", 5), ("primal", 6), ("sent", 3), ("primal", 7), ("primal", 8), ("waited for", 3), ("sent", 4)]
+    assert dual.events[2:15] == first + then if trail else {kind for kind, _ in dual.events} == {"primal"}
+
+
+def test_a_refusal_that_comes_late_names_its_own_dual_step(sweeps, monkeypatch):
+    sweep = sweeps("losses")
+    monkeypatch.setitem(sweep.workspace.config["dual"], "mode", "pipelined")
+
+    class Refusing(LocalDual):
+        def report(self, trial_id, attempt, dual_step, measurement):
+            if dual_step == 3:
+                measurement = measurement | {"metrics": [math.nan] * len(measurement["metrics"])}
+            return super().report(trial_id, attempt, dual_step, measurement)
+
+    with pytest.raises(NonFiniteError, match="measured at dual step 3 after the primal steps 5 to 6 "):
+        sweep.run(sweep.fresh("refused"), Refusing())
 
 
 def test_multipliers_reach_the_model(sweeps):

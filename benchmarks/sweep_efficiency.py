@@ -1,0 +1,299 @@
+"""Wall time of a sweep against a bare loop of the same steps, against a Train run a trial, and against a process a point.
+
+All train the same points of the main job (examples/digits_fairness.yaml) from the same pretrained model, on the same cores:
+
+* sweep: `dualsweep` as it is: Ray, warm worker groups, DualServer with its journal, checkpoints, MLflow, report.
+* bare: one process a core with its share of the points; primal steps, share measurement and dual rule, nothing else. Its
+  time leaves out imports and loading. `bare_evaluated` is the same with the evaluation and saving of every trained model.
+* plain: Ray's documented pattern, a Tune function trial that starts a new Train run. Its workers evaluate and save as ours.
+* shell: one process a point, as many at a time as cores, the way the papers' code sweeps.
+
+`efficiency_N` is bare over sweep for N trials, everything that a sweep does from its first line to its report counted
+against it; `efficiency_evaluated_N` counts the evaluation as work. `speedup_vs_plain_N` and `speedup_vs_shell_N` are wall time
+over the sweep's. With more repeats the medians of the ratios are taken, every repeat running all of them in turn.
+
+    python benchmarks/sweep_efficiency.py [--trials 8] [--steps 200] [--repeats 1] [--only sweep bare]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from _harness import closing_line
+
+from dualsweep.constraints import Constraint, Problem
+from dualsweep.orchestration.config import SweepConfig, load_config
+from dualsweep.orchestration.local_dual import LocalDual
+from dualsweep.trainers.assignment import Assignment
+from dualsweep.trainers.loop import run_trial
+from dualsweep.trainers.methods import METHODS, StreamSums
+from dualsweep.trainers.methods.base import make_batch
+from dualsweep.trainers.metrics import mean_and_stderr, shard_counts
+from dualsweep.trainers.primal import primal_step
+from dualsweep.trainers.results import evaluate_trial, trial_summary
+from dualsweep.trainers.state import TrainState
+from dualsweep.trainers.workspace import Workspace
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "digits_fairness.yaml"
+CORES = len(os.sched_getaffinity(0))
+
+
+def main_job(storage: Path, name: str, trials: int, steps: int) -> list[str]:
+    """Overrides of the example: the grid's number of points, the steps of each, a short pretraining that all share."""
+    grid = ",".join(f"{0.05 + 0.15 * i / max(1, trials - 1):.4f}" for i in range(trials))
+    return [
+        f"storage={storage}", f"name={name}", f"primal.steps={steps}", "pretrain.steps=60", "baselines.fixed_weights=[]",
+        "baselines.unconstrained=false", f"compute.concurrent_trials={CORES}", f"thresholds.grid.minority=[{grid}]",
+    ]  # fmt: skip
+
+
+def points_of(config: SweepConfig, base_dir: Path, folder: Path) -> list[Assignment]:
+    return [
+        Assignment(
+            trial_id=f"point-{i}", label=f"point-{i}", kind="constrained", attempt=1, fixed_weight=None,
+            thresholds=dict.fromkeys(("digit_4", "digit_5", "digit_7"), value), trial_dir=str(folder / f"point-{i}"),
+            base_dir=str(base_dir), handed_over=time.time(),
+        )
+        for i, value in enumerate(config.thresholds.form["grid"]["minority"])
+    ]  # fmt: skip
+
+
+def bare_trial(workspace: Workspace, point: Assignment, *, evaluate: bool) -> None:
+    """The steps of one trial and nothing else: no reports, checkpoints, journal or tracking."""
+    config = workspace.config
+    base = workspace.load_base(Path(point.base_dir))
+    names, optimizer, interval = (
+        workspace.constraint_names,
+        config["primal"],
+        config["dual"]["primal_steps_per_dual_step"],
+    )
+    method = METHODS[config["method"]](workspace.setting(names, optimizer))
+    workspace.fill(base)
+    trained, ema = workspace.modules()
+    train = TrainState(trained, ema, optimizer, workspace.accelerator.scaler)
+    unit = config["thresholds"]["unit"]
+    constraints = tuple(Constraint(name=n, unit=unit, threshold=point.thresholds[n], metric=unit) for n in names)
+    problem = Problem(
+        method="fairness", objective=method.objective_name, constraints=constraints, domain=method.domain(constraints)
+    )
+    dual = LocalDual()
+    rule = SweepConfig.from_dict(config).dual.rule_config()
+    start = [config["dual"]["start"]] * len(names)
+    reply = dual.begin("t", 1, problem=problem.to_dict(), rule=rule, start=start, dual_state=None)
+    multipliers = torch.tensor(reply.multipliers)
+    streams = workspace.streams(method, optimizer, config["seed"])
+    shards, sums, window = list(streams.shards_of(0, 1)), StreamSums(1 + len(names), workspace.device), []
+    trained.train()
+    while train.primal_step < optimizer["steps"]:
+        draws = streams.draw(train.primal_step, shards)
+        batch = make_batch(workspace.tensors, draws, streams.batch_sizes, workspace.device)
+        norm = primal_step(
+            train,
+            method,
+            batch,
+            multipliers,
+            accelerator=workspace.accelerator,
+            grad_clip=optimizer["grad_clip"],
+            sums=sums,
+        )
+        if train.primal_step % interval:
+            continue
+        drawn = method.measure(
+            ema, multipliers, counter=train.dual_step, shards=shards,
+            counts=shard_counts(config["measure"]["num_samples"], optimizer["num_shards"]),
+            num_sampling_steps=config["measure"]["num_sampling_steps"],
+        )  # fmt: skip
+        window = [*window, *[drawn.rows]][-config["measure"]["window"] :]
+        measured = method.measurement(
+            torch.cat([torch.from_numpy(rows) for rows in window]).numpy(), multipliers.numpy()
+        )
+        measured = measured.canonical(constraints)
+        objective, stderr = mean_and_stderr(*sums.table.numpy()[0])
+        train.dual_step += 1
+        numbers = {"lr": train.lr, "grad_norm": float(norm), "objective": objective, "objective_stderr": stderr}
+        counters = {"primal_step": train.primal_step, "workers": 1, "wall_time": time.time(), "lagrangian": objective}
+        metrics = {"metrics": measured.metrics, "metric_stderrs": measured.stderrs, "counts": measured.counts}
+        reply = dual.report("t", 1, train.dual_step, {**numbers, **counters, **metrics})
+        multipliers.copy_(torch.tensor(reply.multipliers))
+        sums.reset()
+    if evaluate:
+        summary = trial_summary(
+            workspace, method, point, problem, reply, status="completed", reason=None, averaged={}, primal_steps=0, dual_steps=0
+        )  # fmt: skip
+        evaluate_trial(workspace, method, summary, problem, reply, dual.trace("t"), Path(point.trial_dir))
+
+
+# -- the processes that are timed; each is this file again, with a part to play ------------------------------------------
+
+
+def play_sweep(config: SweepConfig, points: list[Assignment]) -> None:
+    from rich.console import Console
+
+    from dualsweep.orchestration.sweep import run_sweep
+
+    outcome = run_sweep(config, console=Console(quiet=True))
+    if outcome.status != "completed":
+        raise RuntimeError(f"the sweep ended as {outcome.status}: {outcome.failed}")
+    results = [json.loads(path.read_text()) for path in (outcome.folder / "trials").glob("*/result.json")]
+    in_trials = sum(result["wall_seconds"] for result in results)
+    print(f"trials {in_trials:.1f} s in all", file=sys.stderr)
+
+
+def play_bare(config: SweepConfig, points: list[Assignment], *, evaluate: bool) -> None:
+    """Prints the seconds from when all these processes were ready."""
+    torch.set_num_threads(1)
+    workspace = Workspace(config.to_dict(), config.data)
+    workspace.load_base(Path(points[0].base_dir))
+    workspace.modules(), workspace.training_labeller  # kept from trial to trial
+    print("ready", flush=True)
+    sys.stdin.readline()
+    start = time.perf_counter()
+    for point in points:
+        bare_trial(workspace, point, evaluate=evaluate)
+    print(time.perf_counter() - start, flush=True)
+
+
+def play_shell(config: SweepConfig, points: list[Assignment]) -> None:
+    torch.set_num_threads(1)
+    run_trial(Workspace(config.to_dict(), config.data), points[0], LocalDual())
+
+
+def play_plain(config: SweepConfig, points: list[Assignment]) -> None:
+    import ray
+    from ray import tune
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from dualsweep.orchestration.cluster import leave_repository_root, start_ray, stop_ray
+
+    folder = Path(points[0].trial_dir).parent
+    leave_repository_root()
+    start_ray(num_cpus=CORES)
+
+    def trial(given: dict) -> None:
+        point = points[given["index"]]
+        TorchTrainer(
+            lambda job: play_shell(SweepConfig.from_dict(job["config"]), [Assignment(**job["point"])]),
+            train_loop_config={"config": config.to_dict(), "point": point.to_dict()},
+            scaling_config=ScalingConfig(num_workers=1),
+            run_config=RunConfig(name=point.trial_id, storage_path=str(folder / "train")),
+        ).fit()
+
+    results = tune.Tuner(
+        tune.with_resources(trial, {"memory": 1e6}),
+        param_space={"index": tune.grid_search(list(range(len(points))))},
+        tune_config=tune.TuneConfig(max_concurrent_trials=CORES),
+        run_config=tune.RunConfig(name="plain", storage_path=str(folder), verbose=0),
+    ).fit()
+    if results.errors:
+        raise RuntimeError(str(results.errors[0]))
+    ray.shutdown()
+    stop_ray()
+
+
+# -- timing them -----------------------------------------------------------------------------------------------------
+
+
+def start(part: str, config_path: Path, numbers: list[int], folder: Path) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--play", part, str(config_path), str(folder), *map(str, numbers)]
+    with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+
+
+def ended(process: subprocess.Popen, folder: Path) -> str:
+    said = process.communicate()[0]
+    if process.returncode:
+        raise RuntimeError(f"{folder.name} failed:\n{folder.with_suffix('.log').read_text(encoding='utf-8')[-3000:]}")
+    return said.strip().splitlines()[-1] if said.strip() else ""
+
+
+def timed(part: str, config_path: Path, trials: int, folder: Path) -> float:
+    """Seconds of all points by one way of training them."""
+    began = time.perf_counter()
+    if part in ("sweep", "plain"):
+        ended(start(part, config_path, list(range(trials)), folder), folder)
+    elif part == "shell":
+        waiting, running = list(range(trials)), []
+        while waiting or running:
+            while waiting and len(running) < CORES:
+                running.append(start(part, config_path, [waiting.pop(0)], folder))
+            over = [process for process in running if process.poll() is not None]
+            for process in over:
+                ended(process, folder)
+            running = [process for process in running if process not in over]
+            time.sleep(0.02)
+    else:
+        processes = [start(part, config_path, list(range(core, trials, CORES)), folder) for core in range(CORES)]
+        for process in processes:
+            if process.stdout.readline().strip() != "ready":
+                ended(process, folder)
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return max(float(ended(process, folder)) for process in processes)
+    return time.perf_counter() - began
+
+
+def play(part: str, config_path: str, folder: str, *numbers: str) -> None:
+    """What a timed process does."""
+    config = SweepConfig.from_dict(json.loads(Path(config_path).read_text(encoding="utf-8")))
+    base_dir = Path(config.storage) / "bases" / config.base_key()
+    points = points_of(config, base_dir, Path(folder))
+    points = [points[int(number)] for number in numbers]
+    if part == "sweep":
+        play_sweep(config, points)
+    elif part == "plain":
+        play_plain(config, points)
+    elif part == "shell":
+        play_shell(config, points)
+    else:
+        play_bare(config, points, evaluate=part == "bare_evaluated")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=200, help="primal steps a trial; the example's own are 700")
+    parser.add_argument("--repeats", type=int, default=1)
+    parts = ["bare", "sweep", "bare_evaluated", "plain", "shell"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    options = parser.parse_args()
+    taken: dict[str, list[float]] = {part: [] for part in options.only}
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        base = load_config(EXAMPLE, main_job(root, "first", 1, 20), environment=False)
+        (root / "first.json").write_text(json.dumps(base.to_dict()), encoding="utf-8")
+        timed("sweep", root / "first.json", 1, root / "first-run")  # trains the pretrained model that all share
+        for repeat in range(options.repeats):
+            for part in options.only:
+                name = f"{part}-{repeat}"
+                config = load_config(EXAMPLE, main_job(root, name, options.trials, options.steps), environment=False)
+                path = root / f"{name}.json"
+                path.write_text(json.dumps(config.to_dict()), encoding="utf-8")
+                taken[part].append(timed(part, path, options.trials, root / f"{name}-run"))
+                print(
+                    f"{part:15} {options.trials} trials of {options.steps} steps: {taken[part][-1]:7.1f} s", flush=True
+                )
+    figures = {}
+    if "sweep" in taken:
+        for part, name in {
+            "bare": "efficiency", "bare_evaluated": "efficiency_evaluated", "plain": "speedup_vs_plain", "shell": "speedup_vs_shell",
+        }.items():  # fmt: skip
+            ratios = [a / b for a, b in zip(taken.get(part, []), taken["sweep"], strict=False)]
+            if ratios:
+                figures[f"{name}_{options.trials}"] = statistics.median(ratios)
+    closing_line("sweep_efficiency", figures)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--play"]:
+        play(*sys.argv[2:])
+    else:
+        main()
