@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dualsweep.orchestration.config import SweepConfig, load_config, sweep_points
+from dualsweep.orchestration.frontier import PathPlan, outcome_of
 from dualsweep.orchestration.local_dual import LocalDual
 from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.loop import run_trial
@@ -68,10 +69,17 @@ def run(job: Job, folder: Path) -> Finished:
         if not (base_dir / "base.json").exists():
             train(base, LocalDual())
     done.pretrain_seconds, start = time.perf_counter() - start, time.perf_counter()
-    for point in sweep_points(config, workspace.constraint_names):
+    points = sweep_points(config, workspace.constraint_names)
+    frontier = (
+        PathPlan(config, [p for p in points if p["kind"] == "constrained"]) if config.sweep.order == "path" else None
+    )
+    todo = iter(points if frontier is None else [p for p in points if p["kind"] != "constrained"])
+    while (point := next(todo, None) or (frontier and frontier.next())) is not None:
         dual = LocalDual()
         done.results.append(train(point, dual))
         done.traces[point["trial_id"]] = dual.trace(point["trial_id"])
+        if frontier is not None:
+            frontier.over(point["trial_id"], outcome_of(done.results[-1]))
     done.seconds = time.perf_counter() - start
     return done
 

@@ -23,6 +23,7 @@ from dualsweep.constraints.lagrangian import (
 from dualsweep.constraints.multipliers import DualState
 from dualsweep.constraints.pareto import dominated, hypervolume, pareto_front
 from dualsweep.constraints.problem import UNITS, Constraint, Problem, resolved_sense, resolved_threshold
+from dualsweep.constraints.stopping import Finding, StoppingRule
 from dualsweep.constraints.symptoms import SYMPTOMS, Symptom, find_symptoms
 from dualsweep.constraints.threshold_grid import GridPoint, grid_point, grid_points
 
@@ -36,6 +37,7 @@ __all__ = [
     "DualDomain",
     "DualRule",
     "DualState",
+    "Finding",
     "Fixed",
     "GridPoint",
     "NonFiniteError",
@@ -46,6 +48,7 @@ __all__ = [
     "ResilientExplicit",
     "RunawayDetector",
     "Simplex",
+    "StoppingRule",
     "SumBelow",
     "Symptom",
     "certify",

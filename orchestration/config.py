@@ -291,6 +291,48 @@ class SchedulerConfig(_Section):
     reduction_factor: Annotated[int, Field(ge=2)] = 3
 
 
+class OrderConfig(_Section):
+    """In which order the thresholds are solved, and from what each one starts."""
+
+    order: Literal["listed", "path", "adaptive"] = "listed"
+    """listed: as written, each from the pretrained model. path: each from its neighbour's model and multipliers. adaptive:
+    so too, with thresholds placed evenly along the front as its slopes become known (thresholds.search names the range)."""
+    points: Annotated[int, Field(ge=2)] | None = None
+    """adaptive: how many points."""
+    chains: Count | Literal["auto"] = "auto"
+    """path: chains of neighbours that are solved side by side; auto: as many as trials run at a time when the sweep starts."""
+
+    @model_validator(mode="after")
+    def _points_belong_to_adaptive(self) -> "OrderConfig":
+        if (self.points is None) == (self.order == "adaptive"):
+            remedy = "give how many points" if self.points is None else "remove it, or take order adaptive"
+            raise ValueError(f"points={self.points} with order={self.order}: {remedy}")
+        return self
+
+
+class StoppingConfig(_Section):
+    """Early ends that duality knows of: a certificate that is tight, thresholds that are out of reach."""
+
+    certificate: bool | None = None
+    """End a constrained trial once its certificate is tight (it is evaluated then); null: yes in the orders path and adaptive."""
+    infeasible: bool | None = None
+    """End a trial whose multipliers grow while its violation does not fall; null: as certificate."""
+    tolerance: Positive | None = None
+    """Violation that training may still see, canonical units; null: half of evaluation.tolerance."""
+    window: Annotated[int, Field(ge=4)] = 10
+    """Dual steps over which a certificate has to be tight."""
+    drift: Positive = 0.2
+    """A multiplier stands still when it changes by less than this part of itself over the window."""
+    patience: Annotated[int, Field(ge=8)] = 40
+    """Dual steps without progress after which thresholds count as out of reach."""
+
+    @model_validator(mode="after")
+    def _patience_is_longer(self) -> "StoppingConfig":
+        if self.patience <= self.window:
+            raise ValueError(f"patience={self.patience} must be larger than window={self.window}")
+        return self
+
+
 class DivergenceConfig(_Section):
     """When a run that is still finite counts as running away, and stops as `diverged`."""
 
@@ -349,6 +391,8 @@ class SweepConfig(_Section):
     baselines: BaselinesConfig = BaselinesConfig()
     compute: ComputeConfig = ComputeConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    sweep: OrderConfig = OrderConfig()
+    stopping: StoppingConfig = StoppingConfig()
     divergence: DivergenceConfig = DivergenceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -128,7 +128,8 @@ def _from_folders(sweep_dir: Path, points: dict[str, dict[str, Any]]) -> dict[st
             rows, names = read_trace(folder / "trace.parquet"), read_trace_names(folder / "trace.parquet")[0]
         if result or rows:
             point = point_of(folder.name, points)
-            found[folder.name] = Kept({**point, "label": result.get("label", point["label"])}, names, rows, result)
+            known = {"label": result.get("label", point["label"]), "start": result.get("start")}
+            found[folder.name] = Kept({**point, **known}, names, rows, result)
     return found
 
 
@@ -136,7 +137,8 @@ def _from_journal(sweep_dir: Path, points: dict[str, dict[str, Any]]) -> dict[st
     """Every trial that began."""
     found = {}
     for trial_id, book in read_ledger(sweep_dir).trials.items():
-        seen, point = watched(book, 0, with_result=True), point_of(trial_id, points)
+        seen = watched(book, 0, with_result=True)
+        point = {**point_of(trial_id, points), "start": seen["start"]}
         if seen["status"] == "waiting":
             continue
         rows, result = seen["new_rows"], None

@@ -53,6 +53,7 @@ class TrialBook:
     error: str | None = None
     notes: list[str] = field(default_factory=list)
     attempt_limit: int = 0
+    assignment: dict[str, Any] | None = None  # the last one that handed it to a slot
 
 
 class DualLedger:
@@ -139,6 +140,7 @@ class DualLedger:
         book = self.book(record["trial"])
         if kind == "assign":
             self.slots[record["slot"]], book.attempt_limit = record["assignment"], record["attempt_limit"]
+            book.assignment = record["assignment"]
         elif kind == "resized":
             book.attempt_limit += 1
         elif kind == "begin":

@@ -189,6 +189,11 @@ class DualServer:
         }
         await self._perform([*closed, *reopen, given])
 
+    async def assignments(self) -> dict[str, dict[str, Any]]:
+        """What every trial that was ever handed out was handed out with: a resumed sweep starts it from the same."""
+        books = self.ledger.trials.items()
+        return {trial_id: book.assignment for trial_id, book in books if book.assignment is not None}
+
     async def reopen(self, trial_ids: list[str]) -> None:
         """Trials that a resume runs again wait from here on, so that nobody takes their old end for the new one's."""
         ended = [trial for trial in trial_ids if self.ledger.book(trial).status in FINAL]
@@ -209,7 +214,8 @@ class DualServer:
         reached = min(len(book.rows), seen + every)
         ended = self._over(book) and len(book.rows) <= seen + every
         status = "running" if not ended else book.status if book.status in FINAL else "interrupted"
-        return {"status": status, "reached": reached, "row": book.rows[reached - 1] if reached else None}
+        row = book.rows[reached - 1] if reached else None
+        return {"status": status, "reached": reached, "row": row, "result": book.result if ended else None}
 
     def _over(self, book: TrialBook) -> bool:
         """Ended, put aside, or never to be started because the sweep is being interrupted."""
@@ -298,6 +304,7 @@ def watched(book: TrialBook, cursor: int, *, with_result: bool) -> dict[str, Any
         "result": book.result if over and with_result else None,
         "error": book.error,
         "notes": list(book.notes),
+        "start": (book.assignment or {}).get("start"),
         "superseded_rows": book.superseded_rows,
     }
 

@@ -1,6 +1,6 @@
 """Hands the sweep's trials to Tune in order, then whatever a search algorithm proposes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from dualsweep.orchestration.config import ConfigError, SweepConfig, point_for_search
+from dualsweep.orchestration.frontier import Outcome, PathPlan, outcome_of
 
 PROPOSALS = 200  # tries to find thresholds that were not handed out before
 
@@ -85,6 +86,79 @@ class PointSearch(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """See `save`."""
+
+
+class FrontierSearch(Searcher):
+    """A Tune searcher of a frontier whose points start from one another; baselines fill slots that wait for a neighbour."""
+
+    def __init__(
+        self,
+        plan: PathPlan,
+        first: list[dict[str, Any]],
+        others: list[dict[str, Any]],
+        shared: dict[str, Any],
+        recorded: Mapping[str, Any],
+        halt: Halt,
+    ) -> None:
+        """
+        Args:
+            plan: of the constrained points.
+            first, others: what does not start from a neighbour: the pretraining, and the baselines.
+            recorded: trial -> the `start` that an earlier run of this sweep gave it.
+        """
+        super().__init__(metric="kkt_residual", mode="min")
+        self._plan, self._first, self._others = plan, list(first), list(others)
+        self._shared, self._recorded, self._halt = shared, recorded, halt
+        self._running: dict[str, str] = {}  # Tune's trial -> ours
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next point; None while all that are left wait for a neighbour."""
+        if self._halt.requested:
+            return Searcher.FINISHED
+        point = self._first.pop(0) if self._first else self._plan.next(self._recorded)
+        if point is None and self._others:
+            point = self._others.pop(0)
+        if point is None:
+            return Searcher.FINISHED if self._plan.done else None
+        self._running[trial_id] = point["trial_id"]
+        return {**self._shared, "point": point}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        told = None if error or not result else result.get("outcome")
+        self._plan.over(self._running.pop(trial_id, ""), None if told is None else Outcome.from_json(told))
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Nothing: a point counts when it is over."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a resumed sweep asks the DualServer's journal what is finished and what the others started from."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `save`."""
+
+
+def build_frontier(
+    config: SweepConfig,
+    listed: list[dict[str, Any]],
+    todo: list[dict[str, Any]],
+    shared: dict[str, Any],
+    results: Mapping[str, dict[str, Any]],
+    assignments: Mapping[str, dict[str, Any]],
+    halt: Halt,
+) -> tuple[FrontierSearch, int]:
+    """The searcher of a frontier and the number of trials it will hand out.
+
+    Args:
+        listed: every point of the sweep; `todo`: those to run now, the pretraining among them.
+        results, assignments: by trial, what earlier runs of the sweep finished, and handed out.
+    """
+    plan = PathPlan(config, [point for point in listed if point["kind"] == "constrained"])
+    for trial_id, result in results.items():
+        plan.over(trial_id, outcome_of(result))
+    first = [point for point in todo if point["kind"] == "base"]
+    others = [point for point in todo if point["kind"] in ("unconstrained", "fixed_weights")]
+    recorded = {trial_id: assignment.get("start") for trial_id, assignment in assignments.items()}
+    return FrontierSearch(plan, first, others, shared, recorded, halt), len(todo)
 
 
 def search_settings(config: SweepConfig) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from dualsweep.orchestration.dual_ledger import FINAL
 from dualsweep.orchestration.dual_server import BASE_TRIAL, NAMESPACE, RayDual, server_name, start_dual_server
 from dualsweep.orchestration.interrupts import hangup_as_interrupt, hangup_held_back, interruptible
 from dualsweep.orchestration.live import Progress
-from dualsweep.orchestration.points import Halt, build_search, search_settings
+from dualsweep.orchestration.points import Halt, build_frontier, build_search, search_settings
 from dualsweep.orchestration.preflight import Plan, preflight
 from dualsweep.orchestration.report import frontier_table, write_report
 from dualsweep.orchestration.schedulers import trial_scheduler
@@ -93,6 +93,7 @@ def run_sweep(
         with console.status("starting Ray"), hangup_held_back():
             info = start_ray(address=found or "local")
         slots = slots_for(config.compute, info)
+        plan = replace(plan, config=with_chains(config, slots))
         with contextlib.nullcontext() if resume else _only_driver(plan):
             _write_plan(plan)
             where = f"{info.nodes} node{'s' * (info.nodes != 1)}, {info.cpus:g} CPUs, {info.gpus:g} GPUs"
@@ -127,8 +128,8 @@ def _run(plan: Plan, slots: int, console: Console) -> Outcome:
     watcher.start()
     failed_fit: str | None = None
     halt = Halt()
-    listed = {point["trial_id"] for point in plan.points}
-    searched = [seen["result"] for trial_id, seen in finished.items() if trial_id not in listed]
+    results = {trial_id: seen["result"] for trial_id, seen in finished.items()}
+    assignments = server.call("assignments")
     try:
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
         ask = partial(_ask_to_halt, halt, watcher, console)
@@ -136,7 +137,7 @@ def _run(plan: Plan, slots: int, console: Console) -> Outcome:
             try:
                 if todo or config.thresholds.search is not None:
                     try:
-                        failed_fit = _fit(plan, [base, *todo] if base else todo, slots, searched, halt)
+                        failed_fit = _fit(plan, [base, *todo] if base else todo, slots, results, assignments, halt)
                     except Exception as error:
                         trouble = disk_trouble(error)  # Tune keeps books of its own in the sweep's folder
                         if trouble is None:
@@ -158,12 +159,19 @@ def _fit(
     plan: Plan,
     points: list[dict[str, Any]],
     slots: int,
-    searched: list[dict[str, Any]],
+    results: dict[str, dict[str, Any]],
+    assignments: dict[str, dict[str, Any]],
     halt: Halt,
 ) -> str | None:
-    """Run the points through Tune. Returns: an error that ended trials without their own, else None."""
+    """Run the points through Tune.
+
+    Args:
+        results, assignments: by trial, what earlier runs of the sweep finished, and handed out.
+    Returns: an error that ended trials without their own, else None.
+    """
     from ray import tune
     from ray.tune import TuneConfig, Tuner
+    from ray.tune.search import Searcher
 
     from dualsweep.orchestration.trial import SweepTrial
 
@@ -176,7 +184,13 @@ def _fit(
         "constraint_names": list(plan.constraint_names),
         "report_every": max(1, dual_steps // MILESTONES),
     }
-    search, samples = build_search(config, points, shared, searched, halt)
+    search: Searcher
+    if config.sweep.order == "listed":
+        listed = {point["trial_id"] for point in plan.points}
+        searched = [result for trial_id, result in results.items() if trial_id not in listed]
+        search, samples = build_search(config, points, shared, searched, halt)
+    else:
+        search, samples = build_frontier(config, plan.points, points, shared, results, assignments, halt)
     # 0 CPU for the trial's own actor: its worker group holds the CPUs. In-process trials hold them themselves.
     resources = {"memory": 1e6}
     if config.compute.workers == 0:
@@ -201,9 +215,16 @@ def _fit(
     )
     fresh_sizes = nodes_announced() if config.compute.elastic else contextlib.nullcontext()
     with _own_output(plan.folder / "driver.log"), fresh_sizes:
-        results = tuner.fit()
-    errors = [str(error) for error in results.errors]
+        fitted = tuner.fit()
+    errors = [str(error) for error in fitted.errors]
     return errors[-1] if errors else None
+
+
+def with_chains(config: SweepConfig, slots: int) -> SweepConfig:
+    """`sweep.chains: auto` as a number, fixed when the sweep starts: a resume elsewhere must not plan another path."""
+    if config.sweep.chains != "auto":
+        return config
+    return config.model_copy(update={"sweep": config.sweep.model_copy(update={"chains": slots})})
 
 
 def _base_point(plan: Plan) -> dict[str, Any] | None:

@@ -171,8 +171,20 @@ class Trial:
         return f"{measured(self.objective, self.objective_stderr)} {unit}"
 
     @property
+    def started_from(self) -> str:
+        """Label of the trial whose model and multipliers this one started from; empty for a cold start."""
+        return str((self.result.get("start") or {}).get("label") or "")
+
+    @property
+    def ended_by(self) -> str:
+        """certificate, infeasible or scheduler where the trial ended before its last step, else empty."""
+        return str(self.result.get("stopped_by") or "")
+
+    @property
     def error_line(self) -> str:
-        lines = [line.strip() for line in (self.result.get("error") or "").splitlines() if line.strip()]
+        """The last line of its error, or why it was stopped."""
+        text = self.result.get("error") or (self.status == "stopped" and self.result.get("reason")) or ""
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         return lines[-1] if lines else ""
 
 

@@ -53,6 +53,9 @@ def _point_row(trial: Trial, on_front: bool) -> dict:
         "duality_gap": trial.gap[0],
         "duality_gap_stderr": trial.gap[1],
         "warnings": "; ".join(trial.warnings),
+        "started_from": trial.started_from,
+        "ended_by": trial.ended_by,
+        "primal_steps": trial.result.get("primal_steps"),
         "wall_seconds": as_float(trial.result.get("wall_seconds")),
         "error": trial.error_line,
     }

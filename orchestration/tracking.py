@@ -343,7 +343,10 @@ class Tracker:
             **{f"dualsweep.{key}": str(result[key]) for key in ("method", "unit") if key in result},
             "dualsweep.trial_kind": str(result.get("kind")),
             "dualsweep.label": str(result.get("label", trial_id)),
+            **started_from(result.get("start")),
         }
+        if result.get("stopped_by"):
+            tags["dualsweep.stopped_by"] = result["stopped_by"]
         signs = [*(certificate.get("symptoms") or ())]
         signs += [f"multiplier of {name} at its bound" for name in certificate.get("saturated") or ()]
         if signs:
@@ -465,6 +468,11 @@ class Tracker:
             self._delivered["run ends"] += 1
         for owner in [trial_id] if trial_id is not None else list(self._in_doubt):
             self._settle(owner)
+
+
+def started_from(start: Mapping[str, Any] | None) -> dict[str, str]:
+    """The tag that names the trial whose model and multipliers a trial started from; none for a cold start."""
+    return {"dualsweep.started_from": start["trial"]} if start else {}
 
 
 def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from ray import tune
 
 from dualsweep.orchestration.config import SweepConfig, point_for_search
 from dualsweep.orchestration.dual_server import find_dual_server
+from dualsweep.orchestration.frontier import outcome_of
 from dualsweep.orchestration.worker_group import WorkerGroup
 from dualsweep.trainers.assignment import Assignment
 
@@ -47,6 +48,7 @@ class SweepTrial(tune.Trainable):
             trial_dir=str(self.folder / "trials" / point["trial_id"]),
             base_dir=config["base_dir"],
             handed_over=time.time(),
+            start=point.get("start"),
         )
         self.server.call("assign", self.slot, assignment.to_dict(), self.sweep.compute.max_failures)
 
@@ -62,8 +64,10 @@ class SweepTrial(tune.Trainable):
                     f"the worker group of slot {self.slot} ended: {self.group.error!r}"
                 ) from self.group.error
         self.reached = progress["reached"]
+        outcome = outcome_of(progress["result"])
         return {
             **_scores(progress["row"]),
+            "outcome": None if outcome is None else outcome.to_json(),
             "trial": self.trial,
             "status": progress["status"],
             "dual_step": self.reached,

@@ -16,7 +16,7 @@ from dualsweep.orchestration.dual_server import BASE_TRIAL, RayDual
 from dualsweep.orchestration.preflight import Plan
 from dualsweep.orchestration.storage import bring_trial, impatient
 from dualsweep.orchestration.trace import write_trace
-from dualsweep.orchestration.tracking import Tracker
+from dualsweep.orchestration.tracking import Tracker, started_from
 from dualsweep.orchestration.units import unit_of_config
 from dualsweep.trainers.store import StorageError, writing_to
 from dualsweep.trainers.workspace import write_json
@@ -138,7 +138,7 @@ class Watcher:
             return
         if trial_id not in self._tracked:
             self._tracked.add(trial_id)
-            show_trial(self.tracker, view.point, view.names, reopen=not view.over)
+            show_trial(self.tracker, {**view.point, "start": seen["start"]}, view.names, reopen=not view.over)
         rows = self._rows.setdefault(trial_id, [])
         if seen["new_rows"]:
             rows += seen["new_rows"]
@@ -178,7 +178,7 @@ def sweep_metrics(points: Sequence[dict[str, Any]], failed: int) -> dict[str, fl
 def show_trial(tracker: Tracker, point: dict[str, Any], names: Sequence[str], *, reopen: bool) -> None:
     """Open a trial's run; the same description from a running sweep and from its folder, so that it is sent once."""
     params = {key: point.get(key) for key in ("kind", "thresholds", "fixed_weight")}
-    tags = {"dualsweep.trial_kind": point["kind"]}
+    tags = {"dualsweep.trial_kind": point["kind"], **started_from(point.get("start"))}
     tracker.start_trial(point["trial_id"], point["label"], params, tags, constraints=names, reopen=reopen)
 
 
@@ -222,6 +222,8 @@ def _failed_result(point: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any
         "error": seen["error"],
         "reason": seen["error"].strip().splitlines()[-1] if seen["status"] == "diverged" and seen["error"] else None,
         "thresholds": point["thresholds"],
+        "stopped_by": None,
+        "start": seen.get("start"),
         "multipliers": dict(zip(seen["names"], row.get("multipliers", []), strict=False)),
         "averaged_multipliers": {},
         "exact_multipliers": None,

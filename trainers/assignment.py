@@ -33,6 +33,9 @@ class Assignment:
     trial_dir: str
     base_dir: str
     handed_over: float = 0.0  # unix time at which Tune handed the grid point over
+    # What it starts from instead of the pretrained model and `dual.start`: {"trial": whose model, a folder beside
+    # trial_dir, "label": its label, "multipliers": {constraint: value}}. Part of what the trial is: a retry has the same.
+    start: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,4 +49,6 @@ class Assignment:
             self.thresholds,
             self.fixed_weight,
         ]
+        if self.start is not None:  # so that checkpoints of cold starts, older ones too, keep their fingerprint
+            parts.append(self.start)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from dualsweep.constraints import Constraint, NonFiniteError, Problem, RunawayDetector, resolved_threshold
+from dualsweep.constraints import (
+    Constraint,
+    Finding,
+    NonFiniteError,
+    Problem,
+    RunawayDetector,
+    StoppingRule,
+    resolved_threshold,
+)
 from dualsweep.constraints.senses import threshold_sense
 from dualsweep.datasets.streams import Draw
 from dualsweep.trainers.assignment import Assignment
@@ -22,7 +30,7 @@ from dualsweep.trainers.dual_client import NOT_THE_RULES, DualClient, Reply
 from dualsweep.trainers.methods import METHODS, Method, Pretraining, StreamSums
 from dualsweep.trainers.methods.base import make_batch
 from dualsweep.trainers.metrics import Draws, Measurement, loss_measurement, mean_and_stderr, shard_counts
-from dualsweep.trainers.models import save_model
+from dualsweep.trainers.models import Denoiser, load_model, save_model
 from dualsweep.trainers.primal import primal_step
 from dualsweep.trainers.results import (
     averaged_multipliers,
@@ -77,7 +85,7 @@ class _Trial:
         self.method: Method = (Pretraining if self.is_base else formulation)(
             workspace.setting(self.names, self.optimizer, pretraining=self.is_base)
         )
-        workspace.fill(base)
+        workspace.fill(self._neighbour() or base)
         workspace.reset_scaler()
         trained, ema = workspace.modules()
         train = TrainState(trained, ema, self.optimizer, workspace.accelerator.scaler)
@@ -85,13 +93,13 @@ class _Trial:
         self.reply = self._begin(train, problem)
         self.in_use = tuple(train.extra.get("multipliers_in_use", self.reply.multipliers))
         multipliers = torch.tensor(self.in_use, dtype=torch.float32, device=workspace.device)
-        detector = self._detector(train)
+        detector, stopping = self._detector(train), self._stopping(train, problem)
         streams = workspace.streams(self.method, self.optimizer, config["seed"])
         tensors = {name: samples for name, (samples, _) in self.method.streams().items()}
         shards = list(streams.shards_of(workspace.rank, workspace.world_size))
         sums = StreamSums(1 + len(self.names), workspace.device)
         steps = 0 if formulation.starts_optimal and not self.names and not self.is_base else self.optimizer["steps"]
-        status, reason, grad_norm = "completed", None, train.extra.get("grad_norm", 0.0)
+        status, reason, finding, grad_norm = "completed", None, None, train.extra.get("grad_norm", 0.0)
         trained.train()
         while train.primal_step < steps:
             if self.method.trains:
@@ -128,20 +136,26 @@ class _Trial:
             if reason is not None:
                 status, reason = "diverged", f"runs away at dual step {train.dual_step}: {reason}"
                 break
+            if stopping is not None:
+                finding = stopping.see(self._seen(train, problem, measurement))
+                train.extra["stopping"] = stopping.state
+            if finding is not None and directive != "stop":  # a scheduler wants the slot for another point
+                status = "completed" if finding.kind == "certificate" else "stopped"
+                break
             if directive == "interrupt" or train.dual_step % config["checkpoint_every_dual_steps"] == 0:
                 self._settle(shards)
                 self._checkpoint(train)
             if directive == "interrupt":
                 return None
             if directive == "stop":
-                status = "stopped"
+                status, finding = "stopped", None
                 break
         self._settle(shards)
         if self.is_base:
             return self._finish_base(train, reason)
         if status != "completed":  # the slot is wanted for the next point: no evaluation, no claim
-            return self._summary(train, problem, status, reason)
-        return self._finish(train, problem)
+            return self._summary(train, problem, status, reason, finding)
+        return self._finish(train, problem, finding)
 
     # -- the problem ---------------------------------------------------------------------------------------------
 
@@ -174,7 +188,20 @@ class _Trial:
         if self.assignment.kind == "fixed_weights":
             return {"rule": "fixed"}, [self.assignment.fixed_weight] * len(self.names)
         rule = {k: v for k, v in dual.items() if k not in NOT_THE_RULES and v is not None}
+        if self.assignment.start is not None:
+            return rule, [self.assignment.start["multipliers"][name] for name in self.names]
         return rule, [dual["start"]] * len(self.names)
+
+    def _neighbour(self) -> Denoiser | None:
+        """The model of the solved grid point that this one starts from; None: from the pretrained model.
+
+        Raises: ValueError naming its folder when it cannot be loaded.
+        """
+        if self.assignment.start is None or not self.method.trains:
+            return None
+        folder = self.folder.parent / self.assignment.start["trial"] / "model"
+        self.store.fetch(folder)
+        return load_model(folder)
 
     def _begin(self, train: TrainState, problem: Problem) -> Reply:
         """Restore the newest whole checkpoint if there is one, and tell the dual side where this attempt starts."""
@@ -228,6 +255,30 @@ class _Trial:
         starts = dict(zip(self.names, self._rule()[1], strict=True))
         scale = 1.0 if self.is_base else self.method.objective_scale
         return RunawayDetector(starts, objective_scale=scale, **limits, state=train.extra.get("runaway", ()))
+
+    def _stopping(self, train: TrainState, problem: Problem) -> StoppingRule | None:
+        """What ends a constrained trial early; nothing without constraints, or where the weights are fixed."""
+        config = self.workspace.config
+        limits, warm = dict(config["stopping"]), config["sweep"]["order"] != "listed"
+        limits["certificate"] = warm if limits["certificate"] is None else limits["certificate"]
+        limits["infeasible"] = limits["certificate"] if limits["infeasible"] is None else limits["infeasible"]
+        moves = self.assignment.kind == "constrained" and self._rule()[0]["rule"] != "fixed" and self.names
+        if not moves or not (limits["certificate"] or limits["infeasible"]):
+            return None
+        limits["tolerance"] = limits["tolerance"] or config["evaluation"]["tolerance"] / 2
+        state, pooled = train.extra.get("stopping", ()), config["measure"]["window"]
+        return StoppingRule(problem.names, problem.domain, pooled=pooled, state=state, **limits)
+
+    def _seen(self, train: TrainState, problem: Problem, measurement: dict[str, Any]) -> dict[str, Any]:
+        """What stopping judges this dual step by; every worker has it. Multipliers are those in use from here on."""
+        return {
+            "dual_step": train.dual_step,
+            "multipliers": list(self.in_use),
+            "relaxations": self.reply.dual_state["relaxations"],
+            "thresholds": problem.thresholds.tolist(),
+            "violations": problem.violation(measurement["metrics"]).tolist(),
+            "violation_stderrs": list(measurement["metric_stderrs"]),
+        }
 
     @contextmanager
     def _named_batch(
@@ -400,13 +451,13 @@ class _Trial:
         workspace.accelerator.wait_for_everyone()
         return result
 
-    def _finish(self, train: TrainState, problem: Problem) -> dict[str, Any] | None:
+    def _finish(self, train: TrainState, problem: Problem, finding: Finding | None) -> dict[str, Any] | None:
         result = None
         if self.workspace.rank == 0:
             result = evaluate_trial(
                 self.workspace,
                 self.method,
-                self._summary(train, problem, "completed", None),
+                self._summary(train, problem, "completed", None, finding),
                 problem,
                 self.reply,
                 self._rows(),
@@ -416,7 +467,11 @@ class _Trial:
         self.workspace.accelerator.wait_for_everyone()
         return result
 
-    def _summary(self, train: TrainState, problem: Problem, status: str, reason: str | None) -> dict[str, Any]:
+    def _summary(
+        self, train: TrainState, problem: Problem, status: str, reason: str | None, finding: Finding | None
+    ) -> dict[str, Any]:
+        tight = finding is not None and finding.kind == "certificate"
+        at_least = self.workspace.config["stopping"]["window"] if tight else 1
         begun = self.first_step and self.assignment.handed_over
         return trial_summary(
             self.workspace,
@@ -426,7 +481,8 @@ class _Trial:
             self.reply,
             status=status,
             reason=reason,
-            averaged=averaged_multipliers(self.names, self._rows()),
+            finding=finding,
+            averaged=averaged_multipliers(self.names, self._rows(), at_least=at_least),
             primal_steps=train.primal_step,
             dual_steps=train.dual_step,
             wall_seconds=time.time() - self.started,

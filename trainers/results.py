@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dualsweep.constraints import Constraint, DualState, Problem, certify
+from dualsweep.constraints import Constraint, DualState, Finding, Problem, certify
 from dualsweep.constraints.senses import threshold_sense
 from dualsweep.constraints.symptoms import find_symptoms
 from dualsweep.datasets import ConstrainedData
@@ -23,9 +23,11 @@ from dualsweep.trainers.workspace import Workspace, write_atomically, write_json
 DENSITY_CELLS = 161
 
 
-def averaged_multipliers(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean over the last third of the dual steps: what noisy multipliers settle around."""
-    late = [row["multipliers"] for row in rows[-max(1, len(rows) // 3) :]]
+def averaged_multipliers(
+    names: Sequence[str], rows: Sequence[dict[str, Any]], *, at_least: int = 1
+) -> dict[str, float]:
+    """Mean over the last third of the dual steps, or `at_least` so many: what noisy multipliers settle around."""
+    late = [row["multipliers"] for row in rows[-max(at_least, len(rows) // 3) :]]
     return dict(zip(names, np.mean(late, axis=0).tolist(), strict=True)) if names and late else {}
 
 
@@ -39,6 +41,7 @@ def trial_summary(
     status: str,
     reason: str | None,
     averaged: dict[str, float],
+    finding: Finding | None = None,
     **counts: Any,
 ) -> dict[str, Any]:
     """The part of a result that needs no evaluation."""
@@ -53,7 +56,9 @@ def trial_summary(
         "kind": assignment.kind,
         "status": status,
         "error": reason,
-        "reason": reason,
+        "reason": reason if finding is None else finding.evidence,
+        "stopped_by": finding.kind if finding is not None else "scheduler" if status == "stopped" else None,
+        "start": assignment.start,
         "method": workspace.config["method"],
         "unit": workspace.config["thresholds"]["unit"],
         "thresholds": assignment.thresholds,

@@ -70,8 +70,8 @@ def serve(
         else:
             if workspace.rank == 0:
                 status = result["status"] if result is not None else "interrupted"
-                reason = result.get("reason") if result is not None else None
-                server.end(assignment.trial_id, assignment.attempt, status, result=_plain(result), error=reason)
+                error = result.get("error") if result is not None else None
+                server.end(assignment.trial_id, assignment.attempt, status, result=_plain(result), error=error)
             finished = assignment.trial_id
 
 

@@ -1,0 +1,135 @@
+"""When a trial may end before its last step: its certificate is tight, or its thresholds are out of reach.
+
+Both are judged from the rows of the dual steps so far, by every worker alike, so that a resumed run and one without Ray
+stop at the same dual step. What training sees is an estimate: the certificate itself is made afterwards, on fresh draws.
+
+Tight, over the last ``window`` dual steps and for every constraint: the mean violation lies within the tolerance by one
+standard error, above and, unless the multiplier is zero, below (complementary slackness: nothing is paid for room to
+spare); multiplier and violation have stopped moving (the dual step stands still, and the model has followed). On the
+simplex violations count from the level.
+
+Out of reach, over the last ``patience`` dual steps and for some constraint: its violation stood above the tolerance
+throughout, beyond noise; its multiplier grew by ``GROWTH`` or lay at the guard of its domain; and the violation fell by
+surely less than ``HOPE`` of itself. By duality a multiplier that grows without bound while the violation stays says that
+no model of the family meets the threshold (the dual function has no maximum).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from dualsweep.constraints.checks import checked_count, checked_number
+from dualsweep.constraints.courses import ConstraintCourse, courses_of, line
+from dualsweep.constraints.domains import DualDomain
+
+FREE = 1e-3  # a multiplier below this is none: its constraint may hold with room to spare
+SMALL = 0.1  # multipliers below this part of the largest one may drift as far as one of that size
+GROWTH = 0.5  # rise of a multiplier over the patience, relative to its mean there
+HOPE = 0.25  # a violation that surely falls less over the patience than this part of itself is not on its way to zero
+KEYS = ("dual_step", "multipliers", "violations", "violation_stderrs", "thresholds", "relaxations")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Why a trial ends: ``kind`` is what a result is tagged with, ``evidence`` has the numbers."""
+
+    kind: Literal["certificate", "infeasible"]
+    evidence: str
+
+
+class StoppingRule:
+    """Looks at one dual step after the other; ``state`` is JSON-able and goes into the checkpoint."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        domain: DualDomain,
+        *,
+        tolerance: float,
+        window: int,
+        drift: float,
+        patience: int,
+        pooled: int = 1,
+        certificate: bool = True,
+        infeasible: bool = True,
+        state: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """
+        Args:
+            names: the constraints, at least one.
+            tolerance: > 0, canonical units.
+            window: >= 4 dual steps over which a certificate must be tight.
+            drift: > 0, change of a multiplier over the window relative to its mean that still counts as standing.
+            patience: > window, dual steps without progress after which thresholds count as out of reach.
+            pooled: successive rows whose estimates share draws (``measure.window``).
+            certificate, infeasible: which of the two ends a trial.
+            state: that of a checkpoint; empty for a run that begins.
+        Raises: ValueError naming the field and its range.
+        """
+        self.names, self.domain = tuple(names), domain
+        self.tolerance = checked_number(tolerance, field="stopping.tolerance", above=0)
+        self.window = checked_count(window, field="stopping.window", at_least=4)
+        self.drift = checked_number(drift, field="stopping.drift", above=0)
+        self.patience = checked_count(patience, field="stopping.patience", at_least=self.window + 1)
+        self.pooled = checked_count(pooled, field="measure.window", at_least=1)
+        self.certificate, self.infeasible = certificate, infeasible
+        self._rows: list[dict[str, Any]] = [dict(row) for row in state]
+
+    @property
+    def state(self) -> list[dict[str, Any]]:
+        """The last rows, as far back as the patience reaches."""
+        return self._rows
+
+    def see(self, row: Mapping[str, Any]) -> Finding | None:
+        """One dual step, as a row of the trace (those of ``KEYS``). Returns: why the trial ends, or None."""
+        self._rows = [*self._rows, {key: row[key] for key in KEYS}][-self.patience :]
+        if self.certificate and len(self._rows) >= self.window:
+            evidence = self._tight(self._courses(self._rows[-self.window :]))
+            if evidence:
+                return Finding("certificate", evidence)
+        if self.infeasible and len(self._rows) == self.patience:
+            for name, course in zip(self.names, self._courses(self._rows), strict=True):
+                evidence = self._out_of_reach(course)
+                if evidence:
+                    return Finding("infeasible", f"{name}: {evidence}")
+        return None
+
+    def _courses(self, rows: list[dict[str, Any]]) -> list[ConstraintCourse]:
+        return courses_of(rows, np.array([row["dual_step"] for row in rows]), len(self.names), self.domain)
+
+    def _tight(self, courses: list[ConstraintCourse]) -> str | None:
+        largest = max(float(course.multipliers.mean()) for course in courses)
+        # Rows that share draws: so many rows have (window + pooled - 1) / pooled times the draws of one.
+        share = (self.pooled / (self.window + self.pooled - 1)) ** 0.5
+        worst = 0.0
+        for course in courses:
+            violation, stderr = float(course.values.mean()), share * course.noise
+            multiplier, drifted = float(course.multipliers.mean()), abs(line(course.multipliers)[0])
+            change, uncertain = course.change
+            held = violation + stderr <= self.tolerance
+            slack = violation - stderr < -self.tolerance and multiplier > FREE
+            moving = abs(change) - uncertain > self.tolerance and (change > 0 or multiplier > FREE)
+            drifting = drifted > self.drift * max(multiplier, SMALL * largest, FREE)
+            if not held or slack or moving or drifting:
+                return None
+            worst = max(worst, abs(violation) if multiplier > FREE else violation)
+        steps = courses[0].steps
+        return (
+            f"over dual steps {steps[0]:.0f} to {steps[-1]:.0f} no active violation was off by more than {worst:.3g} on "
+            f"average (tolerance {self.tolerance:.3g}) and no multiplier moved by more than {self.drift:.3g} of itself"
+        )
+
+    def _out_of_reach(self, course: ConstraintCourse) -> str | None:
+        guarded = course.at_guard.mean() >= 0.5
+        if not course.stands(self.tolerance) or not (guarded or course.rise >= GROWTH):
+            return None
+        (change, stderr), violation = course.change, float(course.values.mean())
+        if -change + 2 * stderr >= HOPE * violation:
+            return None
+        return (
+            f"multiplier went from {course.multipliers[0]:.4g} to {course.multipliers[-1]:.4g} over {course.span}"
+            f"{', at the limit of its domain,' if guarded else ''} while the violation, {violation:.4g} on average, changed "
+            f"by {change:+.2g} with standard error {stderr:.2g} (tolerance {self.tolerance:.3g})"
+        )

@@ -1,0 +1,162 @@
+"""A trial ends early only for a certificate that is tight, or thresholds out of reach; noise alone ends none."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dualsweep.constraints import NonNegative, Simplex, StoppingRule, SumBelow
+
+LIMITS = {"tolerance": 0.1, "window": 8, "drift": 0.2, "patience": 24}
+
+
+def rows(multipliers, violations, stderr=0.01):
+    """Rows of a trace, one constraint a column."""
+    multipliers, violations = (np.atleast_2d(np.asarray(a, dtype=float).T).T for a in (multipliers, violations))
+    width = multipliers.shape[1]
+    return [
+        {
+            "dual_step": k + 1,
+            "multipliers": m.tolist(),
+            "violations": v.tolist(),
+            "violation_stderrs": [stderr] * width,
+            "thresholds": [1.0] * width,
+            "relaxations": [0.0] * width,
+            "objective": 1.0,
+        }
+        for k, (m, v) in enumerate(zip(multipliers, violations, strict=True))
+    ]
+
+
+def rule(width=1, domain=None, **changes):
+    return StoppingRule([f"c{i}" for i in range(width)], domain or NonNegative(), **LIMITS | changes)
+
+
+def first(stopping, given):
+    """(dual step, finding) of the first finding, or None."""
+    for row in given:
+        found = stopping.see(row)
+        if found is not None:
+            return row["dual_step"], found
+    return None
+
+
+def noise(count, scale, seed=0):
+    return scale * np.random.default_rng(seed).standard_normal(count)
+
+
+def test_a_run_at_rest_ends_after_one_window():
+    step, found = first(rule(), rows(np.full(30, 0.5), noise(30, 0.01)))
+    assert (step, found.kind) == (8, "certificate") and "dual steps 1 to 8" in found.evidence
+
+
+def test_an_approach_ends_when_it_has_arrived_and_not_before():
+    away = 0.8 * 0.8 ** np.arange(40)
+    step, found = first(rule(), rows(1 - away, away))
+    assert found.kind == "certificate"
+    assert away[step - 8 : step].mean() <= 0.1  # the mean over its window is within the tolerance, by its noise
+    assert away[step - 9 : step - 1].mean() + 0.01 > 0.1 or away[step - 9] > 0.1
+
+
+@pytest.mark.parametrize(
+    "multipliers, violations",
+    [
+        (np.full(23, 0.5), np.full(23, 0.2)),  # not held
+        (np.full(23, 0.5), np.full(23, -0.2)),  # pays for room it does not need
+        (np.linspace(0.2, 0.9, 23), np.full(23, 0.05)),  # within tolerance, but the multiplier is still on its way
+        (np.full(23, 0.5), np.linspace(-1.1, 1.1, 23)),  # right on average while it runs through
+    ],
+)
+def test_no_certificate_while_something_is_missing(multipliers, violations):
+    assert first(rule(), rows(multipliers, violations)) is None
+
+
+def test_room_to_spare_is_fine_where_nothing_is_paid_for_it():
+    assert first(rule(), rows(np.zeros(10), np.full(10, -2.0)))[1].kind == "certificate"
+
+
+def test_every_constraint_has_to_be_tight():
+    one, other = np.zeros(20), np.full(20, 0.3)
+    assert first(rule(2), rows(np.full((20, 2), 0.5), np.stack([one, other], axis=1))) is None
+    assert first(rule(2), rows(np.full((20, 2), 0.5), np.stack([one, one], axis=1)))[0] == 8
+
+
+def test_noise_beyond_the_tolerance_is_no_certificate_but_more_draws_are():
+    held = np.full(23, 0.05)
+    assert first(rule(), rows(np.full(23, 0.5), held, stderr=0.5)) is None
+    assert first(rule(), rows(np.full(23, 0.5), held, stderr=0.1))[1].kind == "certificate"
+    # Rows that share all their draws tell no more than one of them.
+    assert first(rule(pooled=1000), rows(np.full(23, 0.5), held, stderr=0.1)) is None
+
+
+def test_a_multiplier_that_grows_for_nothing_is_out_of_reach():
+    given = rows(np.linspace(0.1, 3, 60), 0.7 + noise(60, 0.02), stderr=0.02)
+    step, found = first(rule(), given)
+    assert (step, found.kind) == (24, "infeasible") and found.evidence.startswith("c0: multiplier went from 0.1 to")
+
+
+def test_one_constraint_out_of_reach_is_enough_and_is_named():
+    given = rows(np.stack([np.full(30, 0.5), np.linspace(0, 3, 30)], 1), np.stack([np.zeros(30), np.ones(30)], 1))
+    assert first(rule(2), given)[1].evidence.startswith("c1: ")
+
+
+@pytest.mark.parametrize(
+    "violations, stderr",
+    [
+        (np.linspace(1.0, 0.3, 24), 0.02),  # falls
+        (np.full(24, 0.7), 0.5),  # too noisy to tell
+        (np.full(24, 0.08), 0.001),  # within the tolerance
+        (np.where(np.arange(24) % 4 < 2, 0.6, -0.4), 0.02),  # swings
+    ],
+)
+def test_what_may_still_arrive_is_not_given_up(violations, stderr):
+    assert first(rule(drift=1e-9), rows(np.linspace(0.1, 3, 24), violations, stderr)) is None
+
+
+def test_a_multiplier_at_the_limit_of_its_domain_is_out_of_reach():
+    domain = SumBelow(1.0)
+    given = rows(np.full(24, domain.ceiling), np.full(24, 0.7), stderr=0.02)
+    found = first(rule(domain=domain), given)[1]
+    assert found.kind == "infeasible" and "limit of its domain" in found.evidence
+    assert first(rule(), given) is None  # without that limit it would only have to grow
+
+
+def test_on_the_simplex_violations_count_from_the_level():
+    weights, violations = np.tile([0.4, 0.6, 0.0], (12, 1)), np.tile([2.0, 2.0, 1.5], (12, 1))
+    assert first(rule(3, Simplex()), rows(weights, violations))[1].kind == "certificate"
+    violations[:, 0] = 2.5
+    assert first(rule(3, Simplex()), rows(weights, violations)) is None
+
+
+def test_each_kind_of_end_can_be_switched_off():
+    at_rest, out_of_reach = rows(np.full(30, 0.5), np.zeros(30)), rows(np.linspace(0.1, 3, 30), np.full(30, 0.7))
+    assert first(rule(certificate=False), at_rest) is None
+    assert first(rule(infeasible=False), out_of_reach) is None
+
+
+@pytest.mark.parametrize("cut", [0, 1, 5, 17, 23])
+def test_a_rule_restored_from_a_checkpoint_ends_at_the_same_dual_step_for_the_same_reason(cut):
+    for given in (
+        rows(np.linspace(0.1, 3, 40), np.full(40, 0.7)),
+        rows(1 - 0.8 ** np.arange(40), 0.8 ** np.arange(40)),
+    ):
+        calm = first(rule(), given)
+        before, cut = rule(), min(cut, calm[0] - 1)
+        assert first(before, given[:cut]) is None
+        restored = rule(state=json.loads(json.dumps(before.state)))
+        assert first(restored, given[cut:]) == calm is not None
+
+
+@pytest.mark.parametrize(
+    "changes, field",
+    [
+        ({"tolerance": 0.0}, "stopping.tolerance"),
+        ({"window": 3}, "stopping.window"),
+        ({"patience": 8}, "stopping.patience"),
+        ({"drift": -1.0}, "stopping.drift"),
+        ({"pooled": 0}, "measure.window"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(changes, field):
+    with pytest.raises(ValueError, match=field):
+        rule(**changes)

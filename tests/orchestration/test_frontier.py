@@ -1,0 +1,250 @@
+"""Which point of a frontier comes next and what it starts from: plans without Ray, and the searcher Tune asks."""
+
+import copy
+import math
+
+import pytest
+from ray.tune.search import Searcher
+
+from dualsweep.constraints.closed_forms import class_restriction_multipliers
+from dualsweep.orchestration.config import ConfigError, SweepConfig, sweep_points
+from dualsweep.orchestration.frontier import Outcome, PathPlan, check_path, outcome_of
+from dualsweep.orchestration.points import Halt, build_frontier
+from dualsweep.orchestration.sweep import with_chains
+
+NAMES = ("digit_4", "digit_5")
+SHARED = {"folder": "somewhere"}
+
+
+def config(chains=1, thresholds=None, **changes):
+    return SweepConfig.from_dict(
+        {
+            "name": "small",
+            "data": {"dataset": "digits", "minority": {"classes": [4, 5], "keep": 0.1}},
+            "thresholds": thresholds or {"unit": "share", "grid": {"minority": [0.2, 0.05, 0.1, 0.15]}},
+            "sweep": {"order": "path", "chains": chains},
+            **changes,
+        }
+    )
+
+
+def points_of(spec):
+    return sweep_points(spec, NAMES)
+
+
+def label(share):
+    return f"minority >= {share:g}"
+
+
+def outcome(point, multipliers=(0.1, 0.2), metrics=(2.0, 2.0)):
+    return Outcome(point["label"], dict(zip(NAMES, multipliers, strict=True)), dict(zip(NAMES, metrics, strict=True)))
+
+
+def result_of(point, **changes):
+    return {
+        "trial_id": point["trial_id"],
+        "label": point["label"],
+        "status": "completed",
+        "averaged_multipliers": dict.fromkeys(NAMES, 0.1),
+        "constraints": [{"name": name, "metric": 2.0} for name in NAMES],
+        "certificate": {"verdict": "feasible"},
+        **changes,
+    }
+
+
+def plan_of(spec):
+    return PathPlan(spec, [point for point in points_of(spec) if point["kind"] == "constrained"])
+
+
+def test_a_point_waits_for_the_one_it_starts_from():
+    plan = plan_of(config())
+    first = plan.next()
+    assert (first["label"], first["start"]) == (label(0.05), None)
+    assert plan.next() is None and not plan.done
+    plan.over(first["trial_id"], outcome(first))
+    second = plan.next()
+    assert second["label"] == label(0.1)
+    assert (second["start"]["trial"], second["start"]["label"]) == (first["trial_id"], label(0.05))
+
+
+def test_two_chains_are_ready_side_by_side_once_their_common_start_is_over():
+    plan = plan_of(config(chains=2))
+    first = plan.next()
+    assert first["label"] == label(0.1) and plan.next() is None
+    plan.over(first["trial_id"], outcome(first))
+    ready = [plan.next(), plan.next()]
+    assert [point["label"] for point in ready] == [label(0.05), label(0.15)] and plan.next() is None
+    assert all(point["start"]["trial"] == first["trial_id"] for point in ready)
+    plan.over(ready[1]["trial_id"], outcome(ready[1]))
+    assert plan.next()["start"]["trial"] == ready[1]["trial_id"] and plan.done
+
+
+def test_shares_start_from_the_law_of_shares_and_others_from_the_line_through_two_points():
+    spec = config()
+    plan = plan_of(spec)
+    first = plan.next()
+    # At these multipliers each of two classes of mass 0.02 has a share of (0.02 + 0.04) / 1.08.
+    metric = -math.log(0.06 / 1.08)
+    plan.over(first["trial_id"], outcome(first, (0.04, 0.04), (metric, metric)))
+    found = plan.next()["start"]["multipliers"]
+    law = class_restriction_multipliers([2.302585092994046] * 2, [0.02] * 2)
+    assert list(found.values()) == pytest.approx(law.tolist(), rel=1e-6)
+
+    plan = plan_of(config(thresholds={"unit": "loss", "grid": {"minority": [0.3, 0.2, 0.1]}}))
+    for multipliers in ((0.2, 0.4), (0.3, 0.5)):
+        point = plan.next()
+        plan.over(point["trial_id"], outcome(point, multipliers))
+    assert list(plan.next()["start"]["multipliers"].values()) == pytest.approx([0.4, 0.6])
+
+
+def test_factors_of_the_pretrained_value_have_an_order_too():
+    grid = {"minority": [{"factor": 0.7}, {"factor": 0.9}, {"factor": 0.8}]}
+    plan = plan_of(config(thresholds={"unit": "loss", "grid": grid}))
+    factors = []
+    for multipliers in ((0.1, 0.1), (0.2, 0.2), (0.3, 0.3)):
+        point = plan.next()
+        factors.append(point["thresholds"]["digit_4"]["factor"])
+        plan.over(point["trial_id"], outcome(point, multipliers))
+    assert factors == [0.9, 0.8, 0.7]
+
+
+def test_a_failed_neighbour_is_passed_over_for_the_one_before_it():
+    plan = plan_of(config())
+    first = plan.next()
+    plan.over(first["trial_id"], outcome(first))
+    second = plan.next()
+    plan.over(second["trial_id"], None)
+    assert plan.next()["start"]["trial"] == first["trial_id"]
+
+
+def test_without_any_neighbour_a_point_starts_cold():
+    plan = plan_of(config())
+    plan.over(plan.next()["trial_id"], None)
+    assert plan.next()["start"] is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"status": "failed"},
+        {"status": "diverged"},
+        {"status": "stopped"},
+        {"certificate": {"verdict": "infeasible"}},
+        {"constraints": []},
+    ],
+)
+def test_only_a_completed_point_that_may_hold_is_started_from(changes):
+    point = points_of(config())[1]
+    assert outcome_of(result_of(point)).multipliers == {"digit_4": 0.1, "digit_5": 0.1}
+    assert outcome_of(result_of(point, **changes)) is None and outcome_of(None) is None
+
+
+def test_an_outcome_survives_its_way_through_tune():
+    given = outcome(points_of(config())[1], (0.1, 1 / 3))
+    assert Outcome.from_json(given.to_json()) == given
+
+
+def searcher(spec, *, results=None, assignments=None, halt=None, base=False):
+    listed = points_of(spec)
+    todo = [point for point in listed if point["trial_id"] not in (results or {})]
+    pretraining = [{"trial_id": "pretrained", "label": "pretrained model", "kind": "base", "thresholds": {}}]
+    todo = pretraining + todo if base else todo
+    return build_frontier(spec, listed, todo, SHARED, results or {}, assignments or {}, halt or Halt())
+
+
+def test_pretraining_comes_first_and_baselines_fill_slots_that_wait():
+    search, count = searcher(config(baselines={"fixed_weights": [0.3]}), base=True)
+    assert count == 7
+    given = [search.suggest(f"trial-{k}")["point"]["kind"] for k in range(4)]
+    assert given == ["base", "constrained", "unconstrained", "fixed_weights"]
+    assert search.suggest("trial-4") is None  # the next one of the chain waits, and so does the slot
+    search.on_trial_complete("trial-2", {"outcome": None})
+    assert search.suggest("trial-4") is None
+    search.on_trial_complete("trial-1", {"outcome": outcome(points_of(config())[2]).to_json()})
+    entry = search.suggest("trial-4")
+    assert entry["point"]["start"]["label"] == label(0.05) and entry["folder"] == "somewhere"
+
+
+def test_the_search_ends_when_every_point_was_handed_out():
+    search, count = searcher(config(baselines={"unconstrained": False}))
+    for k in range(count):
+        assert isinstance(search.suggest(f"trial-{k}"), dict)
+        search.on_trial_complete(f"trial-{k}", None, error=True)
+    assert search.suggest("one-more") == Searcher.FINISHED
+
+
+def test_an_interrupt_ends_it_also_through_tunes_copies():
+    halt = Halt()
+    search, _ = searcher(config(), halt=halt)
+    copied = copy.deepcopy(search)
+    assert isinstance(search.suggest("first"), dict)
+    halt.requested = True
+    assert search.suggest("second") == copied.suggest("second") == Searcher.FINISHED
+
+
+def test_a_resumed_sweep_goes_on_with_the_starts_it_had():
+    """The middle of a chain: one point is finished, the next had begun, and the others wait for it."""
+    spec = config(baselines={"unconstrained": False})
+    listed = {point["label"]: point for point in points_of(spec)}
+    finished, begun = listed[label(0.05)], listed[label(0.1)]
+    start = {"trial": finished["trial_id"], "label": label(0.05), "multipliers": {"digit_4": 0.125, "digit_5": 0.25}}
+    search, count = searcher(
+        spec,
+        results={finished["trial_id"]: result_of(finished)},
+        assignments={finished["trial_id"]: {"start": None}, begun["trial_id"]: {"start": start}},
+    )
+    assert count == 3
+    point = search.suggest("first")["point"]
+    assert (point["trial_id"], point["start"]) == (begun["trial_id"], start)
+    assert search.suggest("second") is None
+    search.on_trial_complete("first", {"outcome": outcome(begun).to_json()})
+    assert search.suggest("second")["point"]["start"]["trial"] == begun["trial_id"]
+
+
+def test_a_cold_start_that_was_recorded_stays_one():
+    spec = config(baselines={"unconstrained": False})
+    head = next(point for point in points_of(spec) if point["label"] == label(0.1))
+    search, _ = searcher(spec, assignments={head["trial_id"]: {"trial_id": head["trial_id"]}})
+    labels = {search.suggest("a")["point"]["label"], search.suggest("b")["point"]["label"]}
+    assert labels == {label(0.05), label(0.1)}
+
+
+def test_the_number_of_chains_is_fixed_when_the_sweep_starts():
+    assert with_chains(config(chains="auto"), 3).sweep.chains == 3
+    assert with_chains(config(chains=2), 3).sweep.chains == 2
+
+
+@pytest.mark.parametrize(
+    "thresholds, said",
+    [
+        ({"unit": "share", "grid": {"minority": [0.1]}}, "1 grid point has no neighbour"),
+        (
+            {"unit": "share", "search": {"points": 2, "axes": {"minority": {"uniform": [0.1, 0.2]}}}},
+            "take order adaptive",
+        ),
+        ({"unit": "loss", "grid": {"minority": [0.1, {"factor": 0.9}]}}, "mix numbers with factors"),
+    ],
+)
+def test_points_without_a_path_are_refused(thresholds, said):
+    spec = config(thresholds=thresholds)
+    with pytest.raises(ConfigError, match=said) as refused:
+        check_path(spec, points_of(spec))
+    assert "sweep.order='path'" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "section, said",
+    [
+        ({"sweep": {"order": "path", "points": 5}}, "sweep.points=5 with order=path"),
+        ({"sweep": {"order": "adaptive"}}, "give how many points"),
+        ({"sweep": {"order": "path", "chains": 0}}, "sweep.chains"),
+        ({"sweep": {"order": "walk"}}, "sweep.order"),
+        ({"stopping": {"window": 2}}, "stopping.window"),
+        ({"stopping": {"window": 20, "patience": 20}}, "stopping.patience=20 must be larger than window=20"),
+        ({"stopping": {"tolerance": 0}}, "stopping.tolerance"),
+    ],
+)
+def test_bad_settings_are_refused_by_their_path(section, said):
+    with pytest.raises(ConfigError) as refused:
+        config(**section)
+    assert said in str(refused.value)
