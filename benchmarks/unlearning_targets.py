@@ -93,7 +93,8 @@ def draw(found: dict[str, Finished], path: Path) -> None:
         trial = finished.folder / "trials" / result["trial_id"]
         density = np.load(trial / "exact_density.npz", allow_pickle=False)
         samples = np.load(trial / "samples.npy", allow_pickle=False)
-        axes.contourf(density["x"], density["y"], density["density"], levels=12, cmap="Blues")
+        levels = np.linspace(0.02, 1.0, 12) * density["density"].max()  # nothing is painted where there is no density
+        axes.contourf(density["x"], density["y"], density["density"], levels=levels, cmap="Blues")
         axes.scatter(*samples.T, s=1.5, color="#333333", alpha=0.5, linewidths=0)
         ((name, settled),) = result["averaged_multipliers"].items()
         axes.set_title(f"{title}\nmultiplier {settled:.3f}, exact {result['exact_multipliers'][name]:.3f}", fontsize=9)
