@@ -302,6 +302,9 @@ class OrderConfig(_Section):
     chains: Count | Literal["auto"] = "auto"
     """path: chains of neighbours that are solved side by side; auto: as many as trials run at a time when the sweep starts."""
 
+    warm_lr: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Learning rate of a point that starts from a neighbour, a fraction of primal.lr that is held; null: primal's own course."""
+
     @model_validator(mode="after")
     def _points_belong_to_adaptive(self) -> "OrderConfig":
         if (self.points is None) == (self.order == "adaptive"):

@@ -8,16 +8,17 @@ which the journal keeps.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dualsweep.constraints import Constraint, NonNegative
 from dualsweep.constraints.continuation import Solved, chains, start_multipliers
-from dualsweep.orchestration.config import ConfigError, SweepConfig
+from dualsweep.orchestration.config import ConfigError, SweepConfig, point_for_search
 
 Point = dict[str, Any]
+POINT = ("trial_id", "label", "kind", "thresholds", "fixed_weight")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Outcome:
     label: str
     multipliers: Mapping[str, float]
     metrics: Mapping[str, float]
+    thresholds: Mapping[str, float]  # canonical, factors resolved
 
     def to_json(self) -> str:
         """Text, for Tune flattens what is nested on its way to a search algorithm."""
@@ -46,8 +48,8 @@ def outcome_of(result: Mapping[str, Any] | None) -> Outcome | None:
         return None
     if (result.get("certificate") or {}).get("verdict") == "infeasible":
         return None
-    metrics = {row["name"]: row["metric"] for row in result["constraints"]}
-    return Outcome(result["label"], result["averaged_multipliers"], metrics)
+    metrics, thresholds = ({row["name"]: row[key] for row in result["constraints"]} for key in ("metric", "threshold"))
+    return Outcome(result["label"], result["averaged_multipliers"], metrics, thresholds)
 
 
 class Starts:
@@ -87,14 +89,30 @@ class Starts:
         return constraint.canonical(value)
 
 
+class FrontierPlan(Protocol):
+    """Which point is next, and what it starts from."""
+
+    def over(self, trial_id: str, outcome: Outcome | None) -> None:
+        """A point has ended; None: nothing can start from it. Points of other kinds are ignored."""
+
+    @property
+    def done(self) -> bool:
+        """Whether every point was handed out."""
+
+    def next(self) -> Point | None:
+        """The next point, with its `start`; None: all that are left wait for one that is running."""
+
+
 class PathPlan:
     """Order `path`: listed points in chains of neighbours."""
 
-    def __init__(self, config: SweepConfig, points: Sequence[Point]) -> None:
+    def __init__(self, config: SweepConfig, points: Sequence[Point], recorded: Mapping[str, Any] | None = None) -> None:
         """
         Args:
             points: the constrained ones of the sweep, all of them.
+            recorded: trial -> the `start` it was given in an earlier run of this sweep; it keeps that one.
         """
+        self._recorded = dict(recorded or {})
         self._starts = Starts(config)
         places = np.array([self._starts.place(point) for point in points])
         count = config.sweep.chains if isinstance(config.sweep.chains, int) else 1
@@ -106,7 +124,7 @@ class PathPlan:
         self._outcomes: dict[str, Outcome | None] = {}  # of the points that are over
 
     def over(self, trial_id: str, outcome: Outcome | None) -> None:
-        """A point has ended; None: nothing can start from it."""
+        """See `FrontierPlan`."""
         if trial_id in self._points:
             self._outcomes[trial_id] = outcome
             if trial_id in self._waiting:  # in an earlier run of this sweep
@@ -114,16 +132,12 @@ class PathPlan:
 
     @property
     def done(self) -> bool:
-        """Whether every point was handed out."""
+        """See `FrontierPlan`."""
         return not self._waiting
 
-    def next(self, recorded: Mapping[str, Any] | None = None) -> Point | None:
-        """The next point whose source is over, with its `start`; None: none is ready.
-
-        Args:
-            recorded: trial -> the `start` it was given in an earlier run of this sweep; it keeps that one.
-        """
-        recorded = recorded or {}
+    def next(self) -> Point | None:
+        """The next point whose source is over."""
+        recorded = self._recorded
         for trial_id in self._waiting:
             source = self._source[trial_id]
             if trial_id not in recorded and source is not None and source not in self._outcomes:
@@ -143,6 +157,190 @@ class PathPlan:
                 found.append((self._points[source], outcome))
             source = self._source[source]
         return found
+
+
+class AdaptivePlan:
+    """Order `adaptive`: points on one threshold axis, spread evenly along the front as far as it is known.
+
+    The slope of the front, dP*/d threshold = -multiplier, is known at every solved point and taken to be linear between
+    them; its integral is the front. Lengths along it, with both axes scaled to 1, say where the front is least known (the
+    longest stretch between neighbours) and where the points that are left would divide it evenly. The two ends come first.
+    """
+
+    def __init__(
+        self, config: SweepConfig, names: tuple[str, ...], earlier: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        """
+        Args:
+            names: the constraints.
+            earlier: assignments of earlier runs of this sweep; points that are not over are handed out again as they were.
+        """
+        self._config, self._names, self._starts = config, names, Starts(config)
+        self._axis = adaptive_axis(config)
+        self._points: dict[str, Point] = {}
+        self._outcomes: dict[str, Outcome | None] = {}
+        self._again: list[Point] = []
+        for assignment in (earlier or {}).values():
+            if assignment["kind"] == "constrained":
+                point = {key: assignment.get(key) for key in (*POINT, "start")}
+                self._points[point["trial_id"]] = point
+                self._again.append(point)
+
+    def over(self, trial_id: str, outcome: Outcome | None) -> None:
+        """See `FrontierPlan`."""
+        if trial_id in self._points:
+            self._outcomes[trial_id] = outcome
+            self._again = [point for point in self._again if point["trial_id"] != trial_id]
+
+    @property
+    def left(self) -> int:
+        """How many points are still to be handed out."""
+        return len(self._again) + max(0, self._config.sweep.points - len(self._points))
+
+    @property
+    def done(self) -> bool:
+        """See `FrontierPlan`."""
+        return self.left == 0
+
+    def next(self) -> Point | None:
+        """The point that is known least of; None while what it would be placed by is running."""
+        if self._again:
+            return self._again.pop(0)
+        if self.done:
+            return None
+        position = self._next_position()
+        if position is None:
+            return None
+        values = {self._axis.name: self._axis.value(position)}
+        point = point_for_search(self._config, self._names, values)
+        solved = [(other, self._outcomes[trial]) for trial, other in self._points.items() if self._outcomes.get(trial)]
+        place = self._starts.place(point)
+        solved.sort(key=lambda pair: float(np.square(self._starts.place(pair[0]) - place).sum()))
+        given = {**point, "start": self._starts.start(point, solved)}
+        self._points[point["trial_id"]] = given
+        return given
+
+    def _next_position(self) -> float | None:
+        """In [0, 1] along the axis, 0 the mildest."""
+        if not self._points:
+            return 0.0
+        slopes = {self._position(trial): self._slope(trial) for trial, outcome in self._outcomes.items() if outcome}
+        taken = sorted(self._position(trial) for trial in self._points)
+        if not slopes:
+            waiting = set(self._points) - set(self._outcomes)
+            # What the mildest point shows comes first; if nothing can be learned from it, the ends and the middle do.
+            return None if waiting else place_next(taken, {0.0: 0.0}, self._config.sweep.points)
+        return place_next(taken, slopes, self._config.sweep.points)
+
+    def _position(self, trial_id: str) -> float:
+        return self._axis.position(self._points[trial_id]["thresholds"][self._names[0]])
+
+    def _slope(self, trial_id: str) -> float:
+        """dP*/d position: -sum of multiplier * d threshold (canonical) / d position."""
+        outcome, position = self._outcomes[trial_id], self._position(trial_id)
+        names = sorted(outcome.multipliers)
+        multipliers = np.array([outcome.multipliers[name] for name in names])
+        thresholds = np.array([outcome.thresholds[name] for name in names])
+        place = self._place(position)
+        # Thresholds that are factors change by the pretrained value for each factor: threshold / factor.
+        unit = thresholds / place if self._axis.factors else np.ones(len(names))
+        step = 1e-4
+        low, high = max(0.0, position - step), min(1.0, position + step)
+        change = (self._place(high) - self._place(low)) / (high - low)
+        return -float((multipliers * unit * change).sum())
+
+    def _place(self, position: float) -> NDArray[np.float64]:
+        value = self._axis.value(position)
+        return self._starts.place({"thresholds": dict.fromkeys(self._names, value)})
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The range of one threshold axis, mildest end first; `factors`: of the pretrained value."""
+
+    name: str
+    mild: float
+    strict: float
+    logarithmic: bool
+    factors: bool
+
+    def value(self, position: float) -> float | dict[str, float]:
+        """The threshold at a position in [0, 1], to 12 digits, so that ids do not hang on the last bit."""
+        if self.logarithmic:
+            number = self.mild * (self.strict / self.mild) ** position
+        else:
+            number = self.mild + (self.strict - self.mild) * position
+        number = float(f"{number:.12g}")
+        return {"factor": number} if self.factors else number
+
+    def position(self, value: float | Mapping[str, float]) -> float:
+        """The inverse of `value`."""
+        number = value["factor"] if isinstance(value, Mapping) else value
+        if self.logarithmic:
+            return float(np.log(number / self.mild) / np.log(self.strict / self.mild))
+        return (number - self.mild) / (self.strict - self.mild)
+
+
+def adaptive_axis(config: SweepConfig) -> Axis:
+    """The one axis that `thresholds.search` gives. Raises: ConfigError naming the field."""
+    search = config.thresholds.search
+    if search is None:
+        raise ConfigError(
+            "sweep.order='adaptive' places the thresholds itself: give their range as thresholds.search, such as "
+            f"{{axes: {{{config.axis}: {{uniform: [lo, hi]}}}}}}, in place of {next(iter(config.thresholds.form))}"
+        )
+    for key in search:
+        if key != "axes":
+            raise ConfigError(
+                f"thresholds.search.{key}: order adaptive has no use for it (sweep.points counts); remove it"
+            )
+    axes = search.get("axes") or {}
+    if len(axes) != 1:
+        raise ConfigError(
+            f"thresholds.search.axes={sorted(axes)}: order adaptive goes along one axis: one set, or {config.axis!r} for all "
+            "of them; give one, or take thresholds.search without it"
+        )
+    ((name, spec),) = axes.items()
+    factors = set(spec) == {"factor"}
+    kinds = spec["factor"] if factors else spec
+    kind = next(iter(kinds))
+    if kind not in ("uniform", "loguniform"):
+        raise ConfigError(f"thresholds.search.axes.{name}.{kind}: order adaptive takes uniform or loguniform")
+    low, high = kinds[kind]
+    constraint = Constraint(name=name, unit=config.thresholds.unit, threshold=0.5, sense=config.sense)
+    mild, strict = sorted((low, high), key=constraint.canonical, reverse=True)  # canonical: larger is milder
+    return Axis(name, mild, strict, kind == "loguniform", factors)
+
+
+def place_next(taken: Sequence[float], slopes: Mapping[float, float], count: int, *, cells: int = 2000) -> float:
+    """Where on [0, 1] the next of `count` points goes, so that all of them divide the front's length evenly.
+
+    Args:
+        taken: positions of the points there are, running ones too, ascending.
+        slopes: position -> slope of the front, at least one.
+    """
+    grid = np.linspace(0, 1, cells + 1)
+    known = sorted(slopes)
+    slope = np.abs(np.interp(grid, known, [slopes[position] for position in known]))
+    slope = (slope[1:] + slope[:-1]) / 2
+    height = slope.mean()
+    length = np.concatenate([[0.0], np.cumsum(np.hypot(1.0, slope / height if height > 0 else 0.0 * slope))])
+    if not any(np.isclose(position, 1.0) for position in taken):
+        return 1.0
+    if not any(np.isclose(position, 0.0) for position in taken):
+        return 0.0
+    ends = np.interp(taken, grid, length)
+    stretches, inner = np.diff(ends), np.zeros(len(taken) - 1, dtype=int)
+    for _ in range(count - len(taken)):
+        inner[np.argmax(stretches / (inner + 1))] += 1
+    longest = int(np.argmax(np.where(inner > 0, stretches, -1.0)))
+    parts = int(inner[longest]) + 1
+    return float(np.interp(ends[longest] + stretches[longest] * (parts // 2) / parts, length, grid))
+
+
+def check_adaptive(config: SweepConfig, names: tuple[str, ...]) -> None:
+    """Raises: ConfigError when there is no axis to go along."""
+    AdaptivePlan(config, names)
 
 
 def check_path(config: SweepConfig, points: Sequence[Point]) -> None:

@@ -11,7 +11,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from dualsweep.orchestration.config import ConfigError, SweepConfig, point_for_search
-from dualsweep.orchestration.frontier import Outcome, PathPlan, outcome_of
+from dualsweep.orchestration.frontier import AdaptivePlan, FrontierPlan, Outcome, PathPlan, outcome_of
 
 PROPOSALS = 200  # tries to find thresholds that were not handed out before
 
@@ -93,29 +93,27 @@ class FrontierSearch(Searcher):
 
     def __init__(
         self,
-        plan: PathPlan,
+        plan: FrontierPlan,
         first: list[dict[str, Any]],
         others: list[dict[str, Any]],
         shared: dict[str, Any],
-        recorded: Mapping[str, Any],
         halt: Halt,
     ) -> None:
         """
         Args:
             plan: of the constrained points.
             first, others: what does not start from a neighbour: the pretraining, and the baselines.
-            recorded: trial -> the `start` that an earlier run of this sweep gave it.
         """
         super().__init__(metric="kkt_residual", mode="min")
         self._plan, self._first, self._others = plan, list(first), list(others)
-        self._shared, self._recorded, self._halt = shared, recorded, halt
+        self._shared, self._halt = shared, halt
         self._running: dict[str, str] = {}  # Tune's trial -> ours
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next point; None while all that are left wait for a neighbour."""
         if self._halt.requested:
             return Searcher.FINISHED
-        point = self._first.pop(0) if self._first else self._plan.next(self._recorded)
+        point = self._first.pop(0) if self._first else self._plan.next()
         if point is None and self._others:
             point = self._others.pop(0)
         if point is None:
@@ -152,13 +150,18 @@ def build_frontier(
         listed: every point of the sweep; `todo`: those to run now, the pretraining among them.
         results, assignments: by trial, what earlier runs of the sweep finished, and handed out.
     """
-    plan = PathPlan(config, [point for point in listed if point["kind"] == "constrained"])
+    plan: FrontierPlan
+    if config.sweep.order == "adaptive":
+        plan = AdaptivePlan(config, tuple(shared["constraint_names"]), assignments)
+    else:
+        recorded = {trial_id: assignment.get("start") for trial_id, assignment in assignments.items()}
+        plan = PathPlan(config, [point for point in listed if point["kind"] == "constrained"], recorded)
     for trial_id, result in results.items():
         plan.over(trial_id, outcome_of(result))
     first = [point for point in todo if point["kind"] == "base"]
     others = [point for point in todo if point["kind"] in ("unconstrained", "fixed_weights")]
-    recorded = {trial_id: assignment.get("start") for trial_id, assignment in assignments.items()}
-    return FrontierSearch(plan, first, others, shared, recorded, halt), len(todo)
+    count = len(todo) + (plan.left if isinstance(plan, AdaptivePlan) else 0)
+    return FrontierSearch(plan, first, others, shared, halt), count
 
 
 def search_settings(config: SweepConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from dualsweep.datasets import DatasetSummary, validate_spec
 from dualsweep.orchestration.cluster import check_fits_locally
 from dualsweep.orchestration.config import ConfigError, SweepConfig, sweep_points
-from dualsweep.orchestration.frontier import check_path
+from dualsweep.orchestration.frontier import check_adaptive, check_path
 from dualsweep.orchestration.journal import read_journal
 from dualsweep.orchestration.points import search_settings
 from dualsweep.orchestration.storage import bring, check_storage, impatient, open_store
@@ -53,6 +53,8 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
         points = sweep_points(config, names)
         if config.sweep.order == "path":
             check_path(config, points)
+        if config.sweep.order == "adaptive":
+            check_adaptive(config, names)
         if config.model.kind == "unet" and not config.model.pretrained and summary.sample_shape is not None:
             check_image_size(config.model.model_dump(), summary.sample_shape)
         _check_shards(config)

@@ -65,6 +65,9 @@ class _Trial:
         config = workspace.config
         self.is_base = assignment.kind == "base"
         self.optimizer: dict[str, Any] = config["pretrain"] if self.is_base else config["primal"]
+        warm_lr = config["sweep"]["warm_lr"]
+        if assignment.start is not None and warm_lr is not None:  # it need not go the way from the pretrained model again
+            self.optimizer = {**self.optimizer, "lr": warm_lr * self.optimizer["lr"], "final_lr_fraction": 1.0}
         self.folder = Path(assignment.base_dir if self.is_base else assignment.trial_dir)
         self.unit: str = config["thresholds"]["unit"]
         self.names = workspace.constraint_names if assignment.kind in ("constrained", "fixed_weights") else ()

@@ -3,12 +3,17 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 from ray.tune.search import Searcher
 
-from dualsweep.constraints.closed_forms import class_restriction_multipliers
+from dualsweep.constraints.closed_forms import (
+    class_restriction_multipliers,
+    class_restriction_objective,
+    class_restriction_shares,
+)
 from dualsweep.orchestration.config import ConfigError, SweepConfig, sweep_points
-from dualsweep.orchestration.frontier import Outcome, PathPlan, check_path, outcome_of
+from dualsweep.orchestration.frontier import AdaptivePlan, Outcome, PathPlan, check_adaptive, check_path, outcome_of
 from dualsweep.orchestration.points import Halt, build_frontier
 from dualsweep.orchestration.sweep import with_chains
 
@@ -37,7 +42,10 @@ def label(share):
 
 
 def outcome(point, multipliers=(0.1, 0.2), metrics=(2.0, 2.0)):
-    return Outcome(point["label"], dict(zip(NAMES, multipliers, strict=True)), dict(zip(NAMES, metrics, strict=True)))
+    thresholds = {name: float(i) for i, name in enumerate(NAMES)}
+    return Outcome(
+        point["label"], dict(zip(NAMES, multipliers, strict=True)), dict(zip(NAMES, metrics, strict=True)), thresholds
+    )
 
 
 def result_of(point, **changes):
@@ -46,7 +54,7 @@ def result_of(point, **changes):
         "label": point["label"],
         "status": "completed",
         "averaged_multipliers": dict.fromkeys(NAMES, 0.1),
-        "constraints": [{"name": name, "metric": 2.0} for name in NAMES],
+        "constraints": [{"name": name, "metric": 2.0, "threshold": 2.1} for name in NAMES],
         "certificate": {"verdict": "feasible"},
         **changes,
     }
@@ -248,3 +256,157 @@ def test_bad_settings_are_refused_by_their_path(section, said):
     with pytest.raises(ConfigError) as refused:
         config(**section)
     assert said in str(refused.value)
+
+
+# -- adaptive ------------------------------------------------------------------------------------------------------
+
+PRIOR = np.array([0.02, 0.02])
+RANGE = {"unit": "share", "search": {"axes": {"minority": {"uniform": [0.03, 0.4]}}}}
+
+
+def adaptive(points=9, thresholds=None, **changes):
+    thresholds = thresholds or RANGE
+    return config(thresholds=thresholds, sweep={"order": "adaptive", "points": points}, **changes)
+
+
+def solve(point) -> Outcome:
+    """The exact answer of a point."""
+    place = -np.log([point["thresholds"][name] for name in NAMES])
+    multipliers = class_restriction_multipliers(place, PRIOR)
+    metrics = -np.log(class_restriction_shares(multipliers, PRIOR))
+    triple = (dict(zip(NAMES, values.tolist(), strict=True)) for values in (multipliers, metrics, place))
+    return Outcome(point["label"], *triple)
+
+
+def cost(share: float) -> float:
+    return class_restriction_objective(class_restriction_multipliers(-np.log([share] * 2), PRIOR), PRIOR)
+
+
+def gaps(shares) -> np.ndarray:
+    """Lengths along the exact front between neighbours, both axes over their range."""
+    shares = np.sort(shares)
+    fine = np.linspace(0.03, 0.4, 4001)
+    costs = np.array([cost(share) for share in fine])
+    length = np.concatenate([[0], np.cumsum(np.hypot(np.diff(fine) / 0.37, np.diff(costs) / np.ptp(costs)))])
+    return np.diff(np.interp(shares, fine, length))
+
+
+def asked(point) -> float:
+    return point["thresholds"]["digit_4"]
+
+
+def test_adaptive_points_divide_the_front_evenly_whatever_its_bends():
+    plan, shares = AdaptivePlan(adaptive(), NAMES), []
+    while not plan.done:
+        point = plan.next()
+        shares.append(asked(point))
+        plan.over(point["trial_id"], solve(point))
+    assert len(shares) == 9 and shares[:2] == [0.03, 0.4]
+    assert gaps(shares).max() / gaps(shares).min() < 1.5
+    evenly_asked = np.linspace(0.03, 0.4, 9)
+    assert gaps(evenly_asked).max() / gaps(evenly_asked).min() > 1.5  # what it is better than
+    assert gaps(shares).max() < gaps(evenly_asked).max()
+
+
+def test_adaptive_points_start_from_the_nearest_solved_one():
+    plan, solved = AdaptivePlan(adaptive(), NAMES), {}
+    while not plan.done:
+        point = plan.next()
+        if solved:
+            nearest = min(solved, key=lambda share: abs(np.log(share / asked(point))))
+            assert point["start"]["trial"] == solved[nearest]
+            exact = class_restriction_multipliers(-np.log([asked(point)] * 2), PRIOR)
+            assert list(point["start"]["multipliers"].values()) == pytest.approx(exact.tolist(), rel=0.02)
+        else:
+            assert point["start"] is None
+        solved[asked(point)] = point["trial_id"]
+        plan.over(point["trial_id"], solve(point))
+
+
+def test_running_points_are_counted_so_that_no_two_slots_get_the_same():
+    plan = AdaptivePlan(adaptive(), NAMES)
+    first = plan.next()
+    assert plan.next() is None  # nothing is known of the front yet
+    plan.over(first["trial_id"], solve(first))
+    points = [plan.next() for _ in range(8)]
+    assert plan.done and plan.next() is None
+    shares = sorted(map(asked, [first, *points]))
+    assert len(set(shares)) == 9 and max(np.diff(shares)) < 0.15
+
+
+def test_points_out_of_reach_do_not_end_an_adaptive_front():
+    plan, shares = AdaptivePlan(adaptive(), NAMES), []
+    while not plan.done:
+        point = plan.next()
+        shares.append(asked(point))
+        plan.over(point["trial_id"], solve(point) if asked(point) < 0.2 else None)
+        if point["start"]:
+            assert point["start"]["label"] in {label(share) for share in shares if share < 0.2}
+    assert len(set(shares)) == 9
+
+    plan = AdaptivePlan(adaptive(points=4), NAMES)
+    for _ in range(4):
+        plan.over(plan.next()["trial_id"], None)
+    assert plan.done
+
+
+def test_a_resumed_adaptive_front_keeps_its_points_and_their_starts():
+    calm, given = AdaptivePlan(adaptive(), NAMES), []
+    for _ in range(9):
+        given.append(calm.next())
+        calm.over(given[-1]["trial_id"], solve(given[-1]))
+    earlier = {point["trial_id"]: {**point, "attempt": 1} for point in given[:4]}
+    base = {
+        "pretrained": {"trial_id": "pretrained", "kind": "base", "label": "b", "thresholds": {}, "fixed_weight": None}
+    }
+    resumed = AdaptivePlan(adaptive(), NAMES, {**base, **earlier})
+    for point in given[:3]:
+        resumed.over(point["trial_id"], solve(point))
+    assert resumed.left == 6
+    for point in given[3:]:
+        assert resumed.next() == point
+        resumed.over(point["trial_id"], solve(point))
+    assert resumed.done
+
+
+def test_factors_have_slopes_in_the_unit_of_the_loss():
+    thresholds = {"unit": "loss", "search": {"axes": {"minority": {"factor": {"loguniform": [0.5, 0.9]}}}}}
+    plan = AdaptivePlan(adaptive(points=3, thresholds=thresholds), NAMES)
+    shares = []
+    for _ in range(3):
+        point = plan.next()
+        factor = asked(point)["factor"]
+        shares.append(factor)
+        told = dict.fromkeys(NAMES, 1 / factor), dict.fromkeys(NAMES, 0.2 * factor), dict.fromkeys(NAMES, 0.2 * factor)
+        plan.over(point["trial_id"], Outcome(point["label"], *told))
+    # Slope 1 / factor in the threshold makes the front a line over the logarithm of the factor.
+    assert shares == pytest.approx([0.9, 0.5, (0.9 * 0.5) ** 0.5], rel=1e-3)
+
+
+def test_adaptive_points_come_through_tunes_searcher_after_the_baselines_had_their_turn():
+    spec = adaptive(points=3)
+    listed, shared = points_of(spec), {**SHARED, "constraint_names": list(NAMES)}
+    search, count = build_frontier(spec, listed, listed, shared, {}, {}, Halt())
+    assert count == 4
+    first = search.suggest("a")["point"]
+    assert search.suggest("b")["point"]["kind"] == "unconstrained" and search.suggest("c") is None
+    search.on_trial_complete("a", {"outcome": solve(first).to_json()})
+    assert asked(search.suggest("c")["point"]) == 0.4
+    assert isinstance(search.suggest("d"), dict) and search.suggest("e") == Searcher.FINISHED
+
+
+@pytest.mark.parametrize(
+    "thresholds, said",
+    [
+        ({"unit": "share", "grid": {"minority": [0.1, 0.2]}}, "in place of grid"),
+        ({"unit": "share", "search": {**RANGE["search"], "points": 4}}, "thresholds.search.points: order adaptive"),
+        (
+            {"unit": "share", "search": {"axes": {name: {"uniform": [0.1, 0.2]} for name in NAMES}}},
+            "one set, or 'minority' for all",
+        ),
+        ({"unit": "share", "search": {"axes": {"minority": {"choice": [0.1, 0.2]}}}}, "uniform or loguniform"),
+    ],
+)
+def test_an_adaptive_front_without_one_axis_is_refused(thresholds, said):
+    with pytest.raises(ConfigError, match=said):
+        check_adaptive(adaptive(thresholds=thresholds), NAMES)
