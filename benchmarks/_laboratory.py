@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dualsweep.orchestration.config import SweepConfig, load_config, sweep_points
-from dualsweep.orchestration.frontier import PathPlan, outcome_of
+from dualsweep.orchestration.frontier import AdaptivePlan, FrontierPlan, PathPlan, outcome_of
 from dualsweep.orchestration.local_dual import LocalDual
 from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.loop import run_trial
@@ -70,9 +70,11 @@ def run(job: Job, folder: Path) -> Finished:
             train(base, LocalDual())
     done.pretrain_seconds, start = time.perf_counter() - start, time.perf_counter()
     points = sweep_points(config, workspace.constraint_names)
-    frontier = (
-        PathPlan(config, [p for p in points if p["kind"] == "constrained"]) if config.sweep.order == "path" else None
-    )
+    frontier: FrontierPlan | None = None
+    if config.sweep.order == "path":
+        frontier = PathPlan(config, [point for point in points if point["kind"] == "constrained"])
+    elif config.sweep.order == "adaptive":
+        frontier = AdaptivePlan(config, workspace.constraint_names)
     todo = iter(points if frontier is None else [p for p in points if p["kind"] != "constrained"])
     while (point := next(todo, None) or (frontier and frontier.next())) is not None:
         dual = LocalDual()

@@ -16,7 +16,7 @@ from dualsweep.constraints.closed_forms import class_restriction_multipliers
 from dualsweep.constraints.domains import DualDomain
 
 EXACT = 0.05  # standard deviation of how far the law of shares is off in a trained model, relative to its slope
-NOISE = 0.03  # relative standard error of a share that a solved point reached at its multipliers
+NOISE = 0.07  # relative: a solved point has ended within a tolerance of such a size, and its share is an estimate
 REACH = 2.0  # a secant changes no multiplier by more than this factor: beyond, the line says nothing
 
 

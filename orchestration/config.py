@@ -303,7 +303,15 @@ class OrderConfig(_Section):
     """path: chains of neighbours that are solved side by side; auto: as many as trials run at a time when the sweep starts."""
 
     warm_lr: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Learning rate of a point that starts from a neighbour, a fraction of primal.lr that is held; null: primal's own course."""
+    """Learning rate of a point that starts from a neighbour, a fraction of primal.lr; null: primal's own course."""
+    warm_steps: Count | None = None
+    """Primal steps over which the learning rate of such a point falls to a tenth, and stays; null: it is held."""
+
+    @model_validator(mode="after")
+    def _a_course_needs_a_rate(self) -> "OrderConfig":
+        if self.warm_steps is not None and self.warm_lr is None:
+            raise ValueError(f"warm_steps={self.warm_steps} without warm_lr: give the learning rate that falls")
+        return self
 
     @model_validator(mode="after")
     def _points_belong_to_adaptive(self) -> "OrderConfig":

@@ -44,6 +44,8 @@ from dualsweep.trainers.state import TrainState
 from dualsweep.trainers.store import Store
 from dualsweep.trainers.workspace import Workspace
 
+WARM_END = 0.1  # of the learning rate that a warm start begins with, once `sweep.warm_steps` are over
+
 
 def run_trial(workspace: Workspace, assignment: Assignment, dual: DualClient) -> dict[str, Any] | None:
     """Train one configuration, evaluate it and write its folder.
@@ -65,9 +67,6 @@ class _Trial:
         config = workspace.config
         self.is_base = assignment.kind == "base"
         self.optimizer: dict[str, Any] = config["pretrain"] if self.is_base else config["primal"]
-        warm_lr = config["sweep"]["warm_lr"]
-        if assignment.start is not None and warm_lr is not None:  # it need not go the way from the pretrained model again
-            self.optimizer = {**self.optimizer, "lr": warm_lr * self.optimizer["lr"], "final_lr_fraction": 1.0}
         self.folder = Path(assignment.base_dir if self.is_base else assignment.trial_dir)
         self.unit: str = config["thresholds"]["unit"]
         self.names = workspace.constraint_names if assignment.kind in ("constrained", "fixed_weights") else ()
@@ -91,7 +90,7 @@ class _Trial:
         workspace.fill(self._neighbour() or base)
         workspace.reset_scaler()
         trained, ema = workspace.modules()
-        train = TrainState(trained, ema, self.optimizer, workspace.accelerator.scaler)
+        train = TrainState(trained, ema, self._lr_course(), workspace.accelerator.scaler)
         problem = self._problem()
         self.reply = self._begin(train, problem)
         self.in_use = tuple(train.extra.get("multipliers_in_use", self.reply.multipliers))
@@ -194,6 +193,16 @@ class _Trial:
         if self.assignment.start is not None:
             return rule, [self.assignment.start["multipliers"][name] for name in self.names]
         return rule, [dual["start"]] * len(self.names)
+
+    def _lr_course(self) -> dict[str, Any]:
+        """Settings of the optimizer; a warm start need not go the way from the pretrained model again."""
+        sweep = self.workspace.config["sweep"]
+        if self.assignment.start is None or sweep["warm_lr"] is None:
+            return self.optimizer
+        course = {"lr": sweep["warm_lr"] * self.optimizer["lr"], "final_lr_fraction": 1.0}
+        if sweep["warm_steps"] is not None:
+            course = {**course, "steps": sweep["warm_steps"], "final_lr_fraction": WARM_END}
+        return {**self.optimizer, **course}
 
     def _neighbour(self) -> Denoiser | None:
         """The model of the solved grid point that this one starts from; None: from the pretrained model.

@@ -247,6 +247,8 @@ def test_points_without_a_path_are_refused(thresholds, said):
         ({"sweep": {"order": "adaptive"}}, "give how many points"),
         ({"sweep": {"order": "path", "chains": 0}}, "sweep.chains"),
         ({"sweep": {"order": "walk"}}, "sweep.order"),
+        ({"sweep": {"order": "path", "warm_lr": 1.5}}, "sweep.warm_lr"),
+        ({"sweep": {"order": "path", "warm_steps": 5}}, "sweep.warm_steps=5 without warm_lr"),
         ({"stopping": {"window": 2}}, "stopping.window"),
         ({"stopping": {"window": 20, "patience": 20}}, "stopping.patience=20 must be larger than window=20"),
         ({"stopping": {"tolerance": 0}}, "stopping.tolerance"),

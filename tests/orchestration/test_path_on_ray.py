@@ -105,6 +105,26 @@ def test_the_sweep_is_the_same_without_ray(calm, tmp_path):
 
 
 @pytest.mark.heavy
+def test_an_adaptive_front_through_ray_has_its_points_and_says_where_they_started(calm, tmp_path):
+    path, _, _ = calm
+    changes = [
+        "sweep={order: adaptive, points: 4}",
+        "thresholds={unit: share, search: {axes: {minority: {uniform: [0.1, 0.3]}}}}",
+        "scheduler={kind: median, grace_dual_steps: 25}",
+        f"storage={tmp_path / 'runs'}",
+    ]
+    outcome = run_sweep(load_config(path, changes, environment=False), console=Console(quiet=True))
+    assert outcome.status == "completed", outcome.failed
+    constrained = [result for result in results(outcome.folder).values() if result["kind"] == "constrained"]
+    shares = sorted(result["thresholds"]["component_1"] for result in constrained)
+    assert len(shares) == 4 and (shares[0], shares[-1]) == (0.1, 0.3) and len(set(shares)) == 4
+    ids = {result["trial_id"] for result in constrained}
+    starts = [result["start"]["trial"] if result["start"] else None for result in constrained]
+    assert starts.count(None) == 1 and {start for start in starts if start} <= ids
+    assert "started from" in outcome.report.read_text(encoding="utf-8")
+
+
+@pytest.mark.heavy
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_sweep_interrupted_in_the_middle_of_a_chain_comes_out_the_same(calm, tmp_path, command, wait_for, at):
     path, folder, _ = calm

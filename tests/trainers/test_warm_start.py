@@ -121,6 +121,21 @@ def test_a_warm_start_has_the_neighbours_model_and_the_given_multipliers(runs):
     assert cold["start"] is None and runs.weights("still-cold") != runs.weights("source")
 
 
+@pytest.mark.parametrize(
+    "sweep, first, last",
+    [({"warm_lr": 0.5}, 0.5, 0.5), ({"warm_lr": 0.5, "warm_steps": 10}, 0.5, 0.05), ({}, 1.0, 0.1)],
+)
+def test_a_warm_start_has_a_course_of_its_own_for_the_learning_rate(runs, sweep, first, last):
+    """Of the 40 primal steps two warm up; the trace has the rate of the step after each dual step."""
+    dual, settings = LocalDual(), {"sweep": {"order": "path", **sweep}, "stopping": {"certificate": False}}
+    runs.run("course", dual, settings, start=start_from(), trial_dir=str(runs.folder / "trials" / repr(sweep)))
+    rates = [row["lr"] / 1e-3 for row in dual.trace("course")]
+    assert (rates[0], rates[-1]) == pytest.approx((first, last), rel=0.05)
+    cold = LocalDual()
+    runs.run("cold-course", cold, settings, trial_dir=str(runs.folder / "trials" / f"cold {sweep}"))
+    assert cold.trace("cold-course")[0]["lr"] / 1e-3 == pytest.approx(1.0, rel=0.05)
+
+
 def test_multipliers_are_matched_by_name(runs):
     dual, start = Directing(), start_from()
     start["multipliers"] = dict(reversed(start["multipliers"].items()))
