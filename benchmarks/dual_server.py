@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import pickle
 import statistics
-import tempfile
 import threading
 import time
 from functools import partial
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import ray
-from _harness import closing_line
+from _harness import closing_line, own_folder
 
 from dualsweep.constraints import Constraint, Problem
 from dualsweep.orchestration.cluster import start_ray, stop_ray
@@ -170,12 +169,12 @@ def main() -> None:
     cases = [(callers, size) for size in MULTIPLIERS for callers in CALLERS]
     cases = [(callers, 10) for callers in (1, 8, 32)] if options.quick else cases
     figures = {}
-    start_ray(num_cpus=2)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
+    with own_folder() as folder:
+        start_ray(num_cpus=2)
+        try:
             for size in MULTIPLIERS:
-                parts(size, Path(folder) / f"parts-{size}")
-            server = start_dual_server(Path(folder) / "sweep")
+                parts(size, folder / f"parts-{size}")
+            server = start_dual_server(folder / "sweep")
             echo = ray.remote(num_cpus=0)(Echo).remote()
             processes = [Callers.remote(server.handle, echo) for _ in range(PROCESSES)]
             ray.get([process.ready.remote() for process in processes])
@@ -206,8 +205,8 @@ def main() -> None:
                 suffix = f"{callers}" if size == 10 else f"{callers}_m{size}"
                 figures |= {f"vs_echo_{suffix}": rate, f"p99_vs_echo_{suffix}": tail}
             server.shutdown()
-    finally:
-        stop_ray()
+        finally:
+            stop_ray()
     closing_line("dual_server", figures)
 
 

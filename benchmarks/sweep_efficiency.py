@@ -21,12 +21,11 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
-from _harness import closing_line
+from _harness import closing_line, own_folder
 
 from dualsweep.constraints import Constraint, Problem
 from dualsweep.orchestration.config import SweepConfig, load_config
@@ -266,8 +265,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     options = parser.parse_args()
     taken: dict[str, list[float]] = {part: [] for part in options.only}
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
+    with own_folder() as root:
         base = load_config(EXAMPLE, main_job(root, "first", 1, 20), environment=False)
         (root / "first.json").write_text(json.dumps(base.to_dict()), encoding="utf-8")
         timed("sweep", root / "first.json", 1, root / "first-run")  # trains the pretrained model that all share
