@@ -64,10 +64,10 @@ def main() -> None:
             stormy.start()
             faults = storm(stormy, np.random.default_rng(options.seed), options.faults)
             stormy.join()
+            wrong = stormy.wrong_in_mlflow()
         finally:
             stormy.close()
-        differing = differing_rows(calm.folder, stormy.folder)
-        wrong = stormy.wrong_in_mlflow()
+        differing = differing_rows(calm.folder, stormy.folder, options.trials)
         lost = lost_seconds(stormy.folder, faults)
     print(f"stormy run: {stormy.seconds:.0f} s; faults {dict(Counter(kind for _, kind in faults))}")
     for kind, seconds in lost.items():
@@ -126,8 +126,9 @@ class Sweep:
         ]  # fmt: skip
         with open(self.root / "mlflow.txt", "a", encoding="utf-8") as log:
             self.server = subprocess.Popen(
-                command, cwd=self.root, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+                command, cwd=self.root, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            )  # fmt: skip
 
     def wait_for_server(self) -> None:
         deadline = time.monotonic() + PATIENCE_S
@@ -230,8 +231,9 @@ def storm(sweep: Sweep, rng: np.random.Generator, count: int) -> list[tuple[floa
     would test patience, not recovery.
     """
     faults: list[tuple[float, str]] = []
+    settled = 0.0
     while len(faults) < count:
-        if not _progressed(sweep, faults[-1][0] if faults else 0.0):
+        if not _progressed(sweep, settled):
             break
         deadline = time.monotonic() + float(rng.uniform(0.0, 6.0))
         while time.monotonic() < deadline and not sweep.done():
@@ -242,6 +244,7 @@ def storm(sweep: Sweep, rng: np.random.Generator, count: int) -> list[tuple[floa
         now = time.time()
         if sweep.inflict(kind, rng):
             faults.append((now, kind))
+            settled = time.time()
             print(f"{time.monotonic() - sweep.begun:6.0f} s  fault {len(faults)}: {kind}", flush=True)
     return faults
 
@@ -283,11 +286,19 @@ def lost_seconds(folder: Path, faults: list[tuple[float, str]]) -> dict[str, lis
     return found
 
 
-def differing_rows(calm: Path, stormy: Path) -> int:
-    """Rows of all final traces that differ in anything but time and attempt; a missing row or trace counts as well."""
-    count = 0
-    for path in sorted((calm / "trials").glob("*/trace.parquet")):
+def differing_rows(calm: Path, stormy: Path, trials: int) -> int:
+    """Rows of all final traces that differ in anything but time and attempt; a missing row or trace counts as well.
+
+    Raises: RuntimeError when the calm run does not have every trial, or has one whose multipliers never moved: equal
+        traces would prove nothing then.
+    """
+    count, paths = 0, sorted((calm / "trials").glob("*/trace.parquet"))
+    if len(paths) != trials:
+        raise RuntimeError(f"the calm run has {len(paths)} traces of {trials} trials")
+    for path in paths:
         mine = read_trace(path)
+        if not any(any(row["multipliers"]) for row in mine):
+            raise RuntimeError(f"{path}: no multiplier ever moved")
         other = stormy / "trials" / path.parent.name / "trace.parquet"
         theirs = read_trace(other) if other.exists() else []
         count += abs(len(mine) - len(theirs))
