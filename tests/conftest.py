@@ -35,7 +35,10 @@ def _own_ray():
 
     The folder's name is short because Ray's sockets lie below it, and a socket's path may have 107 characters.
     """
-    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+    with (
+        tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setenv("RAY_TMPDIR", folder)
         yield
 

@@ -405,7 +405,9 @@ def run_group(folder: Path, config: SweepConfig, plan: Plan, *, scaled: bool) ->
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("scaled", [False, True], ids=["fp32", "loss scaler"])
+@pytest.mark.parametrize(
+    "scaled", [pytest.param(False, id="fp32"), pytest.param(True, id="loss scaler", marks=pytest.mark.heavy)]
+)
 def test_one_rank_of_two_meets_it_and_the_group_retries_then_fails_by_name(scaled, local_ray, moment, tmp_path):
     config = config_of(compute={"workers": 2, "max_failures": 1})  # a start of the group is what takes the time
     rank = moment.randrange(2)

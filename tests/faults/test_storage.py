@@ -565,14 +565,14 @@ def test_an_address_that_does_not_answer_is_refused_with_code_2_and_nothing_writ
     work = tmp_path / "work"
     work.mkdir()
     process = dualsweep("sweep", written(work, address), cwd=work, cache=tmp_path / "cache")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output
     assert f"error storage: s3://{BUCKET}/runs cannot be written" in output and f"127.0.0.1 port {port}" in output
     assert not (tmp_path / "cache").exists() and sorted(path.name for path in work.iterdir()) == ["small.yaml"]
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_sweep_on_s3_lives_through_an_outage_and_is_resumed_on_another_machine(
     bucket, address, tmp_path, machine, moment
 ):
@@ -583,7 +583,7 @@ def test_a_sweep_on_s3_lives_through_an_outage_and_is_resumed_on_another_machine
         return sorted(info.path for info in found if "/checkpoints/" in info.path and info.path.endswith(MANIFEST))
 
     def wait_for(condition, process) -> None:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 300
         while not condition():
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline, "the condition did not come true in time"
@@ -605,7 +605,7 @@ def test_a_sweep_on_s3_lives_through_an_outage_and_is_resumed_on_another_machine
         time.sleep(moment.uniform(0.5, 2.0))  # how long it is away
     wait_for(lambda: complete_checkpoints() != before, first)
     os.killpg(first.pid, signal.SIGINT)
-    output, _ = first.communicate(timeout=120)
+    output, _ = first.communicate(timeout=300)
     assert first.returncode == 130, output
     newest = int(complete_checkpoints()[-1].removesuffix(MANIFEST)[-6:])
 
@@ -615,7 +615,7 @@ def test_a_sweep_on_s3_lives_through_an_outage_and_is_resumed_on_another_machine
     ends = [record["status"] for record in read_journal(folder / "journal.jsonl") if record["kind"] == "end"]
     assert ends == ["completed", "interrupted"]
     resumed = dualsweep("resume", "small", "--storage", address, cwd=tmp_path, cache=tmp_path / "second")
-    output, _ = resumed.communicate(timeout=150)
+    output, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, output
     assert address in output
 
@@ -641,5 +641,5 @@ def test_a_sweep_on_s3_lives_through_an_outage_and_is_resumed_on_another_machine
         cwd=tmp_path,
         cache=tmp_path / "fourth",
     )
-    output, _ = sampled.communicate(timeout=60)
+    output, _ = sampled.communicate(timeout=300)
     assert sampled.returncode == 0 and (tmp_path / "samples.npy").is_file(), output

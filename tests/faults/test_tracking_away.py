@@ -179,7 +179,7 @@ def test_runs_whose_creation_was_not_answered_in_time_leave_no_second_ones(
         print(f"{len(gone)} runs were made twice")
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.ray
 def test_a_sweep_does_not_wait_for_mlflow_and_sync_delivers_it(
     moment, tmp_path, mlflow_server, free_port, tiny_values, command, wait_for
