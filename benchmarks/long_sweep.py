@@ -92,7 +92,7 @@ def sweep_config(folder: Path, trials: int) -> SweepConfig:
     overrides = [
         "name=long", f"storage={folder / 'runs'}", "primal.steps=20", "primal.warmup_steps=2", "primal.batch_size=16",
         "primal.constraint_batch_size=4", "pretrain.steps=20", "pretrain.warmup_steps=2", "measure.num_samples=16",
-        "measure.window=1", "measure.num_sampling_steps=4", "dual.primal_steps_per_dual_step=4", "evaluation.num_samples=64",
+        "measure.window=1", "measure.num_sampling_steps=4", "dual.primal_steps_per_dual_step=1", "evaluation.num_samples=64",
         "evaluation.noise_levels=4", "model.channels=[8, 16]", "model.norm_groups=4", "baselines.unconstrained=false",
         "baselines.fixed_weights=[]", "compute.concurrent_trials=2", f"thresholds.grid.minority={thresholds}",
     ]  # fmt: skip

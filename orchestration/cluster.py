@@ -18,6 +18,8 @@ from dualsweep.orchestration.config import ComputeConfig, ConfigError
 
 AUTOSCALED_VARIABLE = "DUALSWEEP_AUTOSCALED"
 NODE_WATCH_S = 1.0
+LEFT_GROUPS_S = 5.0
+JOB_MARK = "dualsweep"  # in the metadata of our Ray jobs
 
 # Ray reads these when it is imported or starts its processes, so they are set before `import ray` wherever possible.
 _QUIET = {
@@ -127,7 +129,8 @@ def start_ray(*, address: str | None = None, num_cpus: int | None = None) -> Clu
         if wanted:
             try:
                 _check_answers(wanted)
-                ray.init(address=wanted, logging_level=logging.ERROR, log_to_driver=False)
+                mark = ray.job_config.JobConfig(metadata={JOB_MARK: "sweep"})
+                ray.init(address=wanted, job_config=mark, logging_level=logging.ERROR, log_to_driver=False)
             except (OSError, ValueError, RuntimeError) as error:
                 raise ConfigError(
                     f"address: no Ray cluster answers at {wanted!r} ({' '.join(str(error).split())[:200]}); start one "
@@ -224,49 +227,95 @@ def _too_large(compute: ComputeConfig, cpus: float, gpus: float, where: str) -> 
 
 
 @contextmanager
-def nodes_announced() -> Iterator[None]:
-    """Have elastic groups see at once that a node came or went, while the block runs.
+def cluster_tended(*, elastic: bool) -> Iterator[None]:
+    """Do for Ray, while the block runs, what it leaves undone when machines and drivers die.
 
-    Ray sizes them by the view of an actor, the coordinator, which looks at the cluster every 20 s, a constant; `recompute`
-    makes it look again. It is not in Ray's public interface: without it a resize takes longer, nothing else. The
-    coordinator is started here because it is bound to the node it is started from: elsewhere that node's death would
-    leave groups on other nodes with nobody to ask.
+    What drivers that died left reserved is freed (`free_left_groups`). With elastic groups, Ray's coordinator, whose view
+    sizes them, is told of every node that comes or goes: by itself it looks every 20 s, a constant. It is started
+    here because it is bound to the node it is started from: elsewhere that node's death would leave groups on other
+    nodes with nobody to ask.
     """
-    import ray
-
-    try:
-        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-            get_or_create_autoscaling_coordinator,
-        )
-
-        coordinator = get_or_create_autoscaling_coordinator()
-    except ImportError:
-        yield
-        return
-
-    def living() -> set[str]:
-        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-
-    def watch(known: set[str]) -> None:
-        while not over.wait(NODE_WATCH_S):
-            try:
-                now = living()
-                if now != known:
-                    ray.get(coordinator.get_reserved_resources.remote("dualsweep", recompute=True), timeout=10.0)
-                    known = now
-            except ray.exceptions.RayError:  # just starting again, or busy: asked at the next turn
-                continue
-            except TypeError:  # a Ray that knows no `recompute`
-                return
-
     over = threading.Event()
-    watcher = threading.Thread(target=watch, args=(living(),), daemon=True, name="nodes")
-    watcher.start()
+    view = _NodeView() if elastic else None
+    free_left_groups()
+
+    def tend() -> None:
+        next_round = time.monotonic() + LEFT_GROUPS_S
+        while not over.wait(NODE_WATCH_S):
+            if view is not None:
+                view.announce_changes()
+            if time.monotonic() > next_round:
+                free_left_groups()
+                next_round = time.monotonic() + LEFT_GROUPS_S
+
+    tender = threading.Thread(target=tend, daemon=True, name="cluster-tender")
+    tender.start()
     try:
         yield
     finally:
         over.set()
-        watcher.join(15.0)
+        tender.join(15.0)
+
+
+class _NodeView:
+    """Keeps the coordinator's view of the nodes fresh.
+
+    Its `recompute` is not in Ray's public interface: without it a resize takes longer, nothing else.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+                get_or_create_autoscaling_coordinator,
+            )
+
+            self._coordinator = get_or_create_autoscaling_coordinator()
+        except ImportError:
+            self._coordinator = None
+        self._known = self._living()
+
+    def announce_changes(self) -> None:
+        import ray
+
+        if self._coordinator is None:
+            return
+        try:
+            living = self._living()
+            if living != self._known:
+                ray.get(self._coordinator.get_reserved_resources.remote("dualsweep", recompute=True), timeout=10.0)
+                self._known = living
+        except ray.exceptions.RayError:  # just starting again, or busy: asked at the next turn
+            return
+        except TypeError:  # a Ray that knows no `recompute`
+            self._coordinator = None
+
+    def _living(self) -> set[str]:
+        import ray
+
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def free_left_groups() -> int:
+    """Remove the placement groups that sweeps whose driver died still hold. Returns: how many.
+
+    The controller of a worker group outlives its driver by a moment. A placement group that it asks for in that moment
+    keeps its CPUs for ever: Ray has removed the dead job's groups by then and never looks again. A job of ours is known
+    by its metadata, a group's job by its id; we make no groups that are meant to stay.
+    """
+    import ray
+    from ray.util import placement_group_table, remove_placement_group
+    from ray.util.placement_group import PlacementGroup
+
+    try:
+        jobs = ray._private.worker.global_worker.gcs_client.get_all_job_info()
+        dead = {job_id.hex() for job_id, job in jobs.items() if job.is_dead and JOB_MARK in job.config.metadata}
+        groups = placement_group_table().items()
+        left = [group_id for group_id, group in groups if group["state"] != "REMOVED" and group_id[-8:] in dead]
+        for group_id in left:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
+    except (AttributeError, ray.exceptions.RayError):  # not a public interface; or busy, and asked again soon
+        return 0
+    return len(left)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def _from_journal(sweep_dir: Path, points: dict[str, dict[str, Any]]) -> dict[st
     """Every trial that began."""
     found = {}
     for trial_id, book in read_ledger(sweep_dir).trials.items():
-        seen = watched(book, 0, with_result=True)
+        seen = watched(book, 0)
         point = {**point_of(trial_id, points), "start": seen["start"]}
         if seen["status"] == "waiting":
             continue

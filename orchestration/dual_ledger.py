@@ -4,7 +4,9 @@ Every change is first turned into journal records by the methods here and takes 
 replaying the journal rebuilds exactly the same state.
 """
 
+import json
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +48,6 @@ class TrialBook:
     problem: Problem | None = None
     rule: DualRule | None = None
     state: DualState | None = None
-    rows: list[dict[str, Any]] = field(default_factory=list)
     checkpoint_step: int = 0
     superseded_rows: int = 0
     result: dict[str, Any] | None = None
@@ -54,6 +55,21 @@ class TrialBook:
     notes: list[str] = field(default_factory=list)
     attempt_limit: int = 0
     assignment: dict[str, Any] | None = None  # the last one that handed it to a slot
+    _rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    _packed: bytes | None = field(default=None, repr=False)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The trace: one row a dual step."""
+        if self._packed is not None:
+            self._rows, self._packed = json.loads(zlib.decompress(self._packed)), None
+        return self._rows
+
+    def put_away(self) -> None:
+        """Hold the rows of a trial that is over compressed, until somebody asks: a row is 4 kB of Python objects."""
+        if self._packed is None:
+            self._packed = zlib.compress(json.dumps(self._rows).encode(), level=1)
+            self._rows = []
 
 
 class DualLedger:

@@ -242,12 +242,13 @@ class DualServer:
 
         Args:
             cursors: rows the caller has of each trial; the rest come along once a checkpoint or the end made them final.
-            ended: trials whose result the caller has.
+            ended: trials that are over and whose rows and result the caller has: left out, and put away.
         """
-        return {
-            trial_id: watched(book, cursors.get(trial_id, 0), with_result=trial_id not in ended)
-            for trial_id, book in self.ledger.trials.items()
-        }
+        done = set(ended)
+        for trial_id in done:
+            self.ledger.book(trial_id).put_away()
+        books = self.ledger.trials.items()
+        return {trial_id: watched(book, cursors.get(trial_id, 0)) for trial_id, book in books if trial_id not in done}
 
     # -- durability ----------------------------------------------------------------------------------------------
 
@@ -289,7 +290,7 @@ class DualServer:
                 del self._waiting[key]
 
 
-def watched(book: TrialBook, cursor: int, *, with_result: bool) -> dict[str, Any]:
+def watched(book: TrialBook, cursor: int) -> dict[str, Any]:
     """One trial for the live table and the tracker."""
     over = book.status in FINAL
     final = len(book.rows) if over else min(book.checkpoint_step, len(book.rows))
@@ -301,7 +302,7 @@ def watched(book: TrialBook, cursor: int, *, with_result: bool) -> dict[str, Any
         "started": book.rows[0]["wall_time"] if book.rows else None,
         "names": list(book.problem.names) if book.problem else [],
         "new_rows": book.rows[cursor:final],
-        "result": book.result if over and with_result else None,
+        "result": book.result if over else None,
         "error": book.error,
         "notes": list(book.notes),
         "start": (book.assignment or {}).get("start"),

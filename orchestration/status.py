@@ -41,7 +41,7 @@ def trial_views(root: Path, name: str) -> list[TrialView]:
     running, unit = is_running(folder), unit_of_config(config.to_dict())
     views = []
     for trial_id, point in known.items():
-        seen = watched(ledger.book(trial_id), 0, with_result=True)
+        seen = watched(ledger.book(trial_id), 0)
         steps = config.pretrain.steps if point["kind"] == "base" else config.primal.steps
         status = seen["status"] if running or seen["status"] != "running" else "interrupted"
         views.append(

@@ -19,8 +19,8 @@ from rich.console import Console
 from dualsweep.orchestration.cluster import (
     Held,
     cluster_address,
+    cluster_tended,
     leave_repository_root,
-    nodes_announced,
     quiet_environment,
     slots_for,
     start_ray,
@@ -213,8 +213,7 @@ def _fit(
             failure_config=tune.FailureConfig(max_failures=config.compute.max_failures),
         ),
     )
-    fresh_sizes = nodes_announced() if config.compute.elastic else contextlib.nullcontext()
-    with _own_output(plan.folder / "driver.log"), fresh_sizes:
+    with _own_output(plan.folder / "driver.log"), cluster_tended(elastic=config.compute.elastic):
         fitted = tuner.fit()
     errors = [str(error) for error in fitted.errors]
     return errors[-1] if errors else None

@@ -113,7 +113,7 @@ class Watcher:
         cursors = {trial_id: len(rows) for trial_id, rows in self._rows.items()}
         for trial_id, seen in self.server.call("snapshot", cursors, self._ended).items():
             view = self.views.get(trial_id) or self._searched(trial_id, seen)
-            if view is None or trial_id in self._ended:
+            if view is None:
                 continue
             view.status, view.dual_step, view.row, view.error = (
                 seen["status"],
@@ -150,6 +150,7 @@ class Watcher:
                 self.unkept[view.point["label"]] = str(error)
                 return
             self._ended.append(trial_id)
+            del self._rows[trial_id]  # they are in the trace file, and the tracker has its own
             self.unkept.pop(view.point["label"], None)
             if self.calibration is None and view.result.get("calibration"):
                 self.calibration = view.result["calibration"]

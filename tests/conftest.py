@@ -44,6 +44,30 @@ def _own_ray():
 
 
 @pytest.fixture
+def make_cluster(tmp_path, monkeypatch):
+    """`make(dashboard=True)`: a Ray cluster of its own, so far a head that offers no CPU; Ray Train needs the dashboard."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from dualsweep.orchestration.cluster import quiet_environment
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    quiet_environment()
+    started = []
+
+    def make(*, dashboard: bool = True) -> Cluster:
+        head = {"num_cpus": 0, "include_dashboard": dashboard, "dashboard_port": None}  # None: any free port
+        started.append(Cluster(initialize_head=True, head_node_args=head))
+        return started[-1]
+
+    yield make
+    ray.shutdown()
+    for cluster in started:
+        cluster.shutdown()
+
+
+@pytest.fixture
 def tiny_config(tmp_path):
     """`make(**sections)`: the tiny sweep as a SweepConfig stored below tmp_path, with sections updated."""
     from dualsweep.orchestration.config import SweepConfig

@@ -6,10 +6,9 @@ import time
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 from dualsweep.constraints import DualState
-from dualsweep.orchestration.cluster import ClusterInfo, nodes_announced, quiet_environment, slots_for
+from dualsweep.orchestration.cluster import ClusterInfo, cluster_tended, slots_for
 from dualsweep.orchestration.config import ComputeConfig, ConfigError, SweepConfig, sweep_points
 from dualsweep.orchestration.dual_ledger import check_dual_steps
 from dualsweep.orchestration.journal import read_journal
@@ -22,26 +21,12 @@ from dualsweep.trainers.workspace import Workspace
 PATIENCE_S = 300.0
 
 
-@pytest.fixture
-def cluster(tmp_path, monkeypatch):
-    """A head that trains nothing, and one node of one CPU."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    quiet_environment()
-    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": None}  # None: any free port
-    started = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        yield started
-    finally:
-        ray.shutdown()
-        started.shutdown()
-
-
 @pytest.mark.ray
 @pytest.mark.heavy
 def test_a_group_grows_and_shrinks_and_no_dual_step_is_missing_or_doubled(
-    cluster, tiny_config, write_config, command, wait_for, tmp_path, moment
+    make_cluster, tiny_config, write_config, command, wait_for, tmp_path, moment
 ):
+    cluster = make_cluster()
     first = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     config = tiny_config(
@@ -92,9 +77,10 @@ def test_a_group_grows_and_shrinks_and_no_dual_step_is_missing_or_doubled(
 
 @pytest.mark.ray
 @pytest.mark.heavy
-def test_ray_sees_at_once_that_a_node_joined(cluster):
+def test_ray_sees_at_once_that_a_node_joined(make_cluster):
+    cluster = make_cluster(dashboard=False)
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-    with nodes_announced():
+    with cluster_tended(elastic=True):
         coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
         ray.get(coordinator.request_resources.remote("test", [{"CPU": 1}] * 2, expire_after_s=300))
         cluster.add_node(num_cpus=1)

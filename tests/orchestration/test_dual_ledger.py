@@ -126,6 +126,19 @@ def test_every_row_is_a_whole_row_of_the_trace(tmp_path):
     assert last["stationarity"] == last["grad_norm"] and last["kkt_residual"] >= last["infeasibility"]
 
 
+def test_a_trial_that_is_put_away_keeps_every_row_and_may_go_on():
+    (ledger, _), (calm, _) = begun(), begun()
+    advance(ledger, 4)
+    advance(calm, 4)
+    book = ledger.book("a")
+    for _ in range(2):
+        book.put_away()
+    assert book._rows == [] and book.rows == calm.book("a").rows
+    book.put_away()
+    assert advance(ledger, 2) == advance(calm, 2)
+    assert book.rows == calm.book("a").rows and len(book.rows) == 6
+
+
 def test_multipliers_rise_where_violated_and_fall_to_zero_where_satisfied():
     ledger, _ = begun()
     for step in range(1, 8):

@@ -3,11 +3,8 @@
 import json
 
 import pytest
-import ray
-from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from dualsweep.orchestration.cluster import quiet_environment
 from dualsweep.orchestration.config import ConfigError
 from dualsweep.orchestration.sweep import run_sweep
 from dualsweep.orchestration.trace import read_trace
@@ -16,19 +13,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture
-def cluster(tmp_path, monkeypatch):
+def cluster(make_cluster):
     """A head that runs no trial and two nodes of one CPU each, as in cluster.yaml."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    quiet_environment()
-    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": None}  # None: any free port
-    started = Cluster(initialize_head=True, head_node_args=head)
+    started = make_cluster()
     started.add_node(num_cpus=1)
     started.add_node(num_cpus=1)
     started.wait_for_nodes()
-    yield started
-    ray.shutdown()
-    started.shutdown()
+    return started
 
 
 def test_the_same_file_runs_on_a_cluster_with_two_workers_a_trial(cluster, tiny_config):
