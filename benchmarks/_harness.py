@@ -12,21 +12,25 @@ from pathlib import Path
 
 
 def paired_medians(
-    first: Callable[[], object], second: Callable[[], object], *, repeats: int
+    first: Callable[[], object],
+    second: Callable[[], object],
+    *,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[float], list[float], list[float]]:
     """Time two things in turn, A B A B ..., after one uncounted call of each. Returns: seconds of both, and A/B pair by pair."""
     first(), second()
     a, b = [], []
     for _ in range(repeats):
-        a.append(seconds(first))
-        b.append(seconds(second))
+        a.append(seconds(first, clock))
+        b.append(seconds(second, clock))
     return a, b, [x / y for x, y in zip(a, b, strict=True)]
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def spread(values: list[float], unit: str = "s", digits: int = 4) -> str:

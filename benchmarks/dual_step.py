@@ -111,7 +111,10 @@ def main() -> None:
             kept = []
             measuring.append(seconds(lambda kept=kept: kept.append(measure())))
             dual.append(seconds(lambda kept=kept: dual_step(kept[0])))
-        primal_steps(), dual_step(kept[0], pipelined=True)  # its answer is under way when the first one that counts begins
+        (
+            primal_steps(),
+            dual_step(kept[0], pipelined=True),
+        )  # its answer is under way when the first one that counts begins
         for _ in range(options.repeats):
             primal_steps()
             pipelined.append(seconds(lambda kept=kept: dual_step(kept[0], pipelined=True)))

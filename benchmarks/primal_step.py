@@ -1,16 +1,20 @@
 """The fused primal step against the reference form (one forward and one loss a stream, methods.md 1b).
 
 Same model, same batches, same threads, same optimizer; only the Lagrangian is estimated differently. Ratios are taken pair
-by pair. `speedup_m3_8x8_t1` is three constraints at 8x8 on one
-thread with widths (32, 64); `_w16_32` are the main job's widths.
+by pair. `speedup_m3_8x8_t1` is three constraints at 8x8 on one thread with widths (32, 64); `_w16_32` are the main job's
+widths. `matrix_share_*` is the part of the fused step's time inside convolutions and matrix products, forward and backward
+(torch.profiler); the profile that follows says what the rest is. Under `--clock processor` only the time that this process
+computed counts, which other users of the machine disturb less; two threads are then the sum of both.
 
-    python benchmarks/primal_step.py [--repeats 15] [--quick] [--device cuda]
+    python benchmarks/primal_step.py [--repeats 15] [--quick] [--clock processor] [--device cuda]
 
 On a CUDA device the sizes are larger, and bf16 with channels-last and torch.compile is measured against plain fp32 too.
 """
 
 import argparse
 import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -18,6 +22,7 @@ import torch
 from _harness import closing_line, paired_medians, spread
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.profiler import ProfilerActivity, profile
 
 from dualsweep.datasets import Streams
 from dualsweep.trainers.methods import PrimalTerms
@@ -72,14 +77,13 @@ class Case:
 
 CPU_CASES = [Case(8, (32, 64)), Case(8, (16, 32))]
 MORE_CPU_CASES = [
-    Case(8, (32, 64), constraints=1),
-    Case(8, (32, 64), constraints=8),
-    Case(8, (32, 64), threads=2),
-    Case(8, (16, 32), threads=2),
-    Case(16, (32, 64)),
-    Case(16, (16, 32)),
-    Case(32, (16, 32)),
+    case
+    for size, widths in [(8, (32, 64)), (8, (16, 32)), (16, (32, 64)), (16, (16, 32)), (32, (16, 32))]
+    for constraints in (1, 3, 8)
+    for threads in (1, 2)
+    if (case := Case(size, widths, constraints, threads)) not in CPU_CASES
 ]
+MATRIX_KERNELS = ("convolution", "conv", "addmm", "mm", "bmm", "gemm", "linear")
 CUDA_CASES = [
     Case(size, widths, fast=fast)
     for size, widths in [(8, (32, 64)), (32, (64, 128)), (32, (128, 256))]
@@ -87,8 +91,8 @@ CUDA_CASES = [
 ]
 
 
-def measure(case: Case, device: torch.device, repeats: int) -> tuple[list[float], list[float], list[float]]:
-    """Seconds of the reference step, of the fused step, and their ratio pair by pair."""
+def steppers(case: Case, device: torch.device) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The fused step and the reference step of a case, both warm."""
     torch.set_num_threads(case.threads)
     schedule = NoiseSchedule()
     shape = (1, case.size, case.size)
@@ -128,7 +132,21 @@ def measure(case: Case, device: torch.device, repeats: int) -> tuple[list[float]
     fused, reference = stepper(Fairness(setting)), stepper(ReferenceForm(setting))
     for _ in range(3):
         fused(), reference()
-    return paired_medians(reference, fused, repeats=repeats)
+    return fused, reference
+
+
+def matrix_share(step: Callable[[], None], *, rows: int = 0) -> float:
+    """The part of a step's own time in convolutions and matrix products; prints the `rows` largest kernels."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(3):
+            step()
+    events = profiled.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    matrices = sum(event.self_cpu_time_total for event in events if any(k in event.key for k in MATRIX_KERNELS))
+    if rows:
+        for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:rows]:
+            print(f"    {event.self_cpu_time_total / total:6.1%} {event.count // 3:5} calls  {event.key}")
+    return matrices / total
 
 
 def main() -> None:
@@ -136,16 +154,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="only the main job's size")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--clock", choices=["wall", "processor"], default="wall")
     options = parser.parse_args()
+    clock = time.process_time if options.clock == "processor" else time.perf_counter
     cases = CUDA_CASES if options.device == "cuda" else CPU_CASES if options.quick else CPU_CASES + MORE_CPU_CASES
     figures = {}
     for case in cases:
-        reference, fused, ratios = measure(case, torch.device(options.device), options.repeats)
+        fused_step, reference_step = steppers(case, torch.device(options.device))
+        reference, fused, ratios = paired_medians(reference_step, fused_step, repeats=options.repeats, clock=clock)
         figures[f"speedup_{case.name}"] = statistics.median(ratios)
         print(
             f"{case.name:28} reference {spread(reference)}   fused {spread(fused)}   ratio {spread(ratios, 'x', 3)}",
             flush=True,
         )
+        if options.device == "cpu" and case.threads == 1:  # on a GPU the processor only launches the kernels
+            share = matrix_share(fused_step, rows=10 if case in CPU_CASES else 0)
+            figures[f"matrix_share_{case.name}"] = share
+            print(f"    {share:.2f} of the fused step is convolution and matrix product", flush=True)
     closing_line("primal_step", figures)
 
 

@@ -12,7 +12,7 @@ All train the same points of the main job (examples/digits_fairness.yaml) from t
 against it; `efficiency_evaluated_N` counts the evaluation as work. `speedup_vs_plain_N` and `speedup_vs_shell_N` are wall time
 over the sweep's. With more repeats the medians of the ratios are taken, every repeat running all of them in turn.
 
-    python benchmarks/sweep_efficiency.py [--trials 8] [--steps 200] [--repeats 1] [--only sweep bare]
+    python benchmarks/sweep_efficiency.py [--trials 8] [--steps 200] [--samples 3000] [--repeats 1] [--only sweep bare]
 """
 
 import argparse
@@ -24,11 +24,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from _harness import closing_line, own_folder
 
 from dualsweep.constraints import Constraint, Problem
 from dualsweep.orchestration.config import SweepConfig, load_config
+from dualsweep.orchestration.journal import read_journal
 from dualsweep.orchestration.local_dual import LocalDual
 from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.loop import run_trial
@@ -44,12 +46,12 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "digits_fairness.yaml"
 CORES = len(os.sched_getaffinity(0))
 
 
-def main_job(storage: Path, name: str, trials: int, steps: int) -> list[str]:
+def main_job(storage: Path, name: str, trials: int, steps: int, samples: int) -> list[str]:
     """Overrides of the example: the grid's number of points, the steps of each, a short pretraining that all share."""
     grid = ",".join(f"{0.05 + 0.15 * i / max(1, trials - 1):.4f}" for i in range(trials))
     return [
         f"storage={storage}", f"name={name}", f"primal.steps={steps}", "pretrain.steps=60", "baselines.fixed_weights=[]",
-        "baselines.unconstrained=false", f"compute.concurrent_trials={CORES}", f"thresholds.grid.minority=[{grid}]",
+        "baselines.unconstrained=false", f"evaluation.num_samples={samples}", f"compute.concurrent_trials={CORES}", f"thresholds.grid.minority=[{grid}]",
     ]  # fmt: skip
 
 
@@ -137,12 +139,23 @@ def play_sweep(config: SweepConfig, points: list[Assignment]) -> None:
 
     from dualsweep.orchestration.sweep import run_sweep
 
+    called = time.time()
     outcome = run_sweep(config, console=Console(quiet=True))
     if outcome.status != "completed":
         raise RuntimeError(f"the sweep ended as {outcome.status}: {outcome.failed}")
     results = [json.loads(path.read_text()) for path in (outcome.folder / "trials").glob("*/result.json")]
     in_trials = sum(result["wall_seconds"] for result in results)
-    print(f"trials {in_trials:.1f} s in all", file=sys.stderr)
+    starting = sorted(result["startup_seconds"] for result in results)
+    records = read_journal(outcome.folder / "journal.jsonl")
+    handed = min(record["assignment"]["handed_over"] for record in records if record["kind"] == "assign")
+    steps = [record["row"]["wall_time"] for record in records if record["kind"] == "step"]
+    now = time.time()
+    print(
+        f"imports {called - psutil.Process().create_time():.1f} s, to the first hand-over {handed - called:.1f} s, to the first dual "
+        f"step {min(steps) - handed:.1f} s, to the last {max(steps) - min(steps):.1f} s, to the end {now - max(steps):.1f} s; in "
+        f"trials {in_trials:.1f} s, their start-up {starting[0]:.2f} s to {starting[-1]:.2f} s each",
+        flush=True,
+    )
 
 
 def play_bare(config: SweepConfig, points: list[Assignment], *, evaluate: bool) -> None:
@@ -217,7 +230,8 @@ def timed(part: str, config_path: Path, trials: int, folder: Path) -> float:
     """Seconds of all points by one way of training them."""
     began = time.perf_counter()
     if part in ("sweep", "plain"):
-        ended(start(part, config_path, list(range(trials)), folder), folder)
+        said = ended(start(part, config_path, list(range(trials)), folder), folder)
+        print(f"  {part}: {said}" if said else "", end="\n" if said else "")
     elif part == "shell":
         waiting, running = list(range(trials)), []
         while waiting or running:
@@ -260,19 +274,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200, help="primal steps a trial; the example's own are 700")
+    parser.add_argument(
+        "--samples", type=int, default=3000, help="of each trial's evaluation; the example's own are 3000"
+    )
     parser.add_argument("--repeats", type=int, default=1)
     parts = ["bare", "sweep", "bare_evaluated", "plain", "shell"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     options = parser.parse_args()
     taken: dict[str, list[float]] = {part: [] for part in options.only}
     with own_folder() as root:
-        base = load_config(EXAMPLE, main_job(root, "first", 1, 20), environment=False)
+        base = load_config(EXAMPLE, main_job(root, "first", 1, 30, 64), environment=False)
         (root / "first.json").write_text(json.dumps(base.to_dict()), encoding="utf-8")
         timed("sweep", root / "first.json", 1, root / "first-run")  # trains the pretrained model that all share
         for repeat in range(options.repeats):
             for part in options.only:
                 name = f"{part}-{repeat}"
-                config = load_config(EXAMPLE, main_job(root, name, options.trials, options.steps), environment=False)
+                config = load_config(
+                    EXAMPLE, main_job(root, name, options.trials, options.steps, options.samples), environment=False
+                )
                 path = root / f"{name}.json"
                 path.write_text(json.dumps(config.to_dict()), encoding="utf-8")
                 taken[part].append(timed(part, path, options.trials, root / f"{name}-run"))

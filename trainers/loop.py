@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,16 @@ from dualsweep.constraints import (
     resolved_threshold,
 )
 from dualsweep.constraints.senses import threshold_sense
-from dualsweep.datasets.streams import Draw
+from dualsweep.datasets import Streams
 from dualsweep.trainers.assignment import Assignment
-from dualsweep.trainers.bad_numbers import BatchNonFiniteError, drawn_part, report_path, told, write_report
+from dualsweep.trainers.bad_numbers import (
+    BatchNonFiniteError,
+    DeferredChecks,
+    drawn_part,
+    report_path,
+    told,
+    write_report,
+)
 from dualsweep.trainers.checkpoints import find_checkpoint, save_checkpoint, tidy
 from dualsweep.trainers.dual_client import NOT_THE_RULES, DualClient, Reply
 from dualsweep.trainers.methods import METHODS, Method, Pretraining, StreamSums
@@ -102,13 +109,15 @@ class _Trial:
         sums = StreamSums(1 + len(self.names), workspace.device)
         steps = 0 if formulation.starts_optimal and not self.names and not self.is_base else self.optimizer["steps"]
         status, reason, finding, grad_norm = "completed", None, None, train.extra.get("grad_norm", 0.0)
+        checks = DeferredChecks() if workspace.defers_checks else None
         trained.train()
         while train.primal_step < steps:
             if self.method.trains:
-                draws = streams.draw(train.primal_step, shards)
-                batch = make_batch(tensors, draws, streams.batch_sizes, workspace.device)
+                batch = make_batch(
+                    tensors, streams.draw(train.primal_step, shards), streams.batch_sizes, workspace.device
+                )
                 self.first_step = self.first_step or time.time()
-                with self._named_batch(train, draws, streams.sizes, shards):
+                with self._named_batch(train, streams, shards):
                     norm = primal_step(
                         train,
                         self.method,
@@ -117,14 +126,18 @@ class _Trial:
                         accelerator=workspace.accelerator,
                         grad_clip=self.optimizer["grad_clip"],
                         sums=sums,
+                        checks=checks,
                     )
-                if math.isfinite(norm):  # an fp16 update that the scaler skipped has none
+                if norm is not None and math.isfinite(norm):  # an fp16 update that the scaler skipped has none
                     grad_norm = norm
             else:  # dual-only: a primal step is the exact minimiser at these multipliers, nothing to update
                 self.first_step = self.first_step or time.time()
                 train.primal_step += 1
             if train.primal_step % self.interval:
                 continue
+            if checks is not None:
+                with self._named_batch(train, streams, shards):
+                    grad_norm = checks.read() or grad_norm
             with self._named_dual_step(train.dual_step + 1, shards):
                 measurement = self._measure(train, sums, shards, problem, multipliers, grad_norm)
             directive = self._report(train.dual_step + 1, measurement, shards)
@@ -152,6 +165,9 @@ class _Trial:
             if directive == "stop":
                 status, finding = "stopped", None
                 break
+        if checks is not None:  # steps after the last dual step
+            with self._named_batch(train, streams, shards):
+                checks.read()
         self._settle(shards)
         if self.is_base:
             return self._finish_base(train, reason)
@@ -293,9 +309,7 @@ class _Trial:
         }
 
     @contextmanager
-    def _named_batch(
-        self, train: TrainState, draws: Mapping[str, Draw], sizes: Mapping[str, int], shards: list[int]
-    ) -> Iterator[None]:
+    def _named_batch(self, train: TrainState, streams: Streams, shards: list[int]) -> Iterator[None]:
         """A number that is not finite is told with the draws it came from, and they are written to the trial's folder."""
         try:
             yield
@@ -303,16 +317,18 @@ class _Trial:
             agreed, rank = isinstance(error, BatchNonFiniteError), self.workspace.rank
             rows = error.rows if isinstance(error, BatchNonFiniteError) else {}
             here = error.here if isinstance(error, BatchNonFiniteError) else True
-            found = [(not here, str(error), drawn_part(draws, sizes, rows, rank=rank, shards=shards))]
+            step = error.step if isinstance(error, BatchNonFiniteError) else train.primal_step + 1
+            draws = streams.draw(step - 1, shards)
+            found = [(not here, str(error), drawn_part(draws, streams.sizes, rows, rank=rank, shards=shards))]
             if agreed and self.workspace.world_size > 1:  # else the others are somewhere inside the step
                 found = gather_object(found)
             text = min(found, key=lambda one: one[0])[1]
             parts = [part for _, _, part in found]
-            address = {"primal_step": train.primal_step + 1, "stream_step": train.primal_step}
+            address = {"primal_step": step, "stream_step": step - 1}
             path = self._keep(text, together=agreed, **address, workers=parts)
-            named = "" if agreed else f" in primal step {train.primal_step + 1}"
+            named = "" if agreed else f" in primal step {step}"
             raise NonFiniteError(
-                f"{text}{named}; {told(parts)} (seed {self.workspace.config['seed']}, stream step {train.primal_step}); "
+                f"{text}{named}; {told(parts)} (seed {self.workspace.config['seed']}, stream step {step - 1}); "
                 f"the whole batch is in {path}"
             ) from error
 

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from dualsweep.constraints import NonFiniteError
-from dualsweep.trainers.bad_numbers import BatchNonFiniteError, bad_positions
+from dualsweep.trainers.bad_numbers import DeferredChecks, refusal
 from dualsweep.trainers.methods import Method
 from dualsweep.trainers.methods.base import Batch, StreamSums
 from dualsweep.trainers.state import TrainState
@@ -23,14 +23,17 @@ def primal_step(
     accelerator: Accelerator,
     grad_clip: float,
     sums: StreamSums | None = None,
-) -> float:
+    checks: DeferredChecks | None = None,
+) -> float | None:
     """Lagrangian, gradient, clipping, AdamW, learning rate and EMA, in this order.
 
     Args:
         multipliers: float32 on the model's device, shape (num_constraints,).
         sums: collects the per-sample values for the next dual step.
+        checks: looks at loss and gradient without waiting for the device, and has the optimizer skip the step if they are
+            not finite; whoever reads it gets the error. Not with a loss scaler, which waits for the device itself.
     Returns: global gradient norm before clipping (stationarity of the Lagrangian); infinite where fp16 gradients
-        overflowed and the scaler skips the update.
+        overflowed and the scaler skips the update; None with `checks`, which have it.
     Raises: BatchNonFiniteError before the optimizer moves, naming the primal step; on every worker if on one.
     """
     train.optimizer.zero_grad(set_to_none=True)
@@ -43,18 +46,17 @@ def primal_step(
     accelerator.backward(loss * accelerator.num_processes)
     if accelerator.scaler is not None:
         accelerator.scaler.unscale_(train.optimizer)
-    grad_norm = float(accelerator.clip_grad_norm_(train.denoiser.parameters(), grad_clip))
-    value = float(terms.loss.detach())
-    if not _may_step(value, grad_norm, accelerator, terms.loss):
-        train.optimizer.zero_grad(set_to_none=True)
-        if accelerator.scaler is not None:
-            accelerator.scaler.update()
-        raise BatchNonFiniteError(
-            f"non-finite {'gradient' if math.isfinite(value) else 'loss'} at primal step {train.primal_step + 1} "
-            f"(loss {value:g}, gradient norm {grad_norm:g}); the optimizer did not move",
-            here=not math.isfinite(value),
-            rows=bad_positions(terms, batch),
-        )
+    norm = accelerator.clip_grad_norm_(train.denoiser.parameters(), grad_clip)
+    grad_norm = None
+    if checks is not None:
+        train.optimizer.found_inf = checks.add(train.primal_step + 1, terms, batch.counts, norm)
+    else:
+        grad_norm, value = float(norm), float(terms.loss.detach())
+        if not _may_step(value, grad_norm, accelerator, terms.loss):
+            train.optimizer.zero_grad(set_to_none=True)
+            if accelerator.scaler is not None:
+                accelerator.scaler.update()
+            raise refusal(train.primal_step + 1, value, grad_norm, terms, batch.counts)
     if accelerator.scaler is not None:
         accelerator.scaler.step(train.optimizer)  # skips the update itself when fp16 gradients overflowed
         accelerator.scaler.update()

@@ -40,7 +40,7 @@ class TrainState:
         self.ema_denoiser = ema_denoiser
         self.config = optimizer_config
         self.optimizer = torch.optim.AdamW(
-            denoiser.parameters(), lr=optimizer_config["lr"], weight_decay=optimizer_config["weight_decay"]
+            denoiser.parameters(), lr=optimizer_config["lr"], weight_decay=optimizer_config["weight_decay"], fused=True
         )
         # The EMA's shadow parameters *are* the second module's, so sampling from the EMA copies nothing.
         self.ema = EMAModel(ema_denoiser.parameters(), decay=optimizer_config["ema_decay"], foreach=True)
@@ -136,9 +136,7 @@ class TrainState:
                     if f"optimizer.{k}.{name}" in tensors
                 }
                 if slots:
-                    self.optimizer.state[parameter] = {
-                        k: v.clone() if k == "step" else v.to(parameter.device) for k, v in slots.items()
-                    }
+                    self.optimizer.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in slots.items()}
         except (RuntimeError, KeyError) as error:
             raise CheckpointError(
                 f"checkpoint {folder}: its tensors do not fit the model: {error}; remove it to start again"

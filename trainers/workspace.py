@@ -71,6 +71,11 @@ class Workspace:
         return self.accelerator.num_processes
 
     @property
+    def defers_checks(self) -> bool:
+        """Whether the loop looks once a dual step if its primal steps were sound; elsewhere looking at once costs nothing."""
+        return self.device.type != "cpu" and self.accelerator.scaler is None
+
+    @property
     def training_labeller(self) -> Labeller:
         self._training_labeller = self._training_labeller or training_labeller(self.data)
         return self._training_labeller

@@ -27,6 +27,7 @@ from dualsweep.trainers import loop
 from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.methods import METHODS, alignment
 from dualsweep.trainers.worker import serve
+from dualsweep.trainers.workspace import Workspace
 
 PRIMAL_STEPS, INTERVAL, BATCH = 12, 2, 16
 MAX_FAILURES = 2  # compute.max_failures unless a test says else
@@ -86,6 +87,9 @@ class InThread(RayDual):
 
     def call(self, method, *args, timeout_s=60.0):
         return asyncio.run_coroutine_threadsafe(getattr(self.server, method)(*args), self._loop).result(timeout_s)
+
+    def report(self, trial_id, attempt, dual_step, measurement):
+        return self.call("report", trial_id, attempt, dual_step, measurement)
 
     def lease(self, slot, finished, workers=1):
         return self.call("lease", slot, finished, workers, timeout_s=600)
@@ -224,17 +228,25 @@ def struck(kind: str, moment, times: int) -> Fault:
     return Fault(kind, step, times, value)
 
 
+@pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_number_that_is_bad_once_costs_an_attempt_and_changes_nothing(kind, moment, tmp_path, undisturbed):
+def test_a_number_that_is_bad_once_costs_an_attempt_and_changes_nothing(
+    kind, deferred, moment, tmp_path, undisturbed, monkeypatch
+):
+    """Also where the loop looks once a dual step, as it does on an accelerator: the step is skipped, and named all the same."""
+    monkeypatch.setattr(Workspace, "defers_checks", property(lambda self: deferred))
     method = KINDS[kind]
     config = config_of(**(REWARDS if method == "alignment" else {}))
-    with struck(kind, moment, 1).installed():
+    with struck(kind, moment, 1).installed() as fault:
         ledger = run_trials(tmp_path, config, ["struck"])
     book = ledger.book("struck")
     assert (book.status, book.attempt, book.error) == ("completed", 2, None)
     assert outcome(ledger, tmp_path, "struck") == undisturbed(method)
     assert [path.name for path in (tmp_path / "trials" / "struck").glob("bad_numbers*")] == ["bad_numbers-1.json"]
     assert any("non-finite" in note for note in book.notes)
+    report = json.loads((tmp_path / "trials" / "struck" / "bad_numbers-1.json").read_text(encoding="utf-8"))
+    if kind != "violation":
+        assert report["primal_step"] == fault.step
 
 
 def test_a_bad_calibration_is_not_kept_and_the_pretraining_goes_on_from_its_checkpoint(tmp_path, undisturbed):

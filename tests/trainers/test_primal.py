@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from dualsweep.trainers.bad_numbers import DeferredChecks
 from dualsweep.trainers.methods.base import Batch, StreamSums
 from dualsweep.trainers.methods.fairness import Fairness
 from dualsweep.trainers.models import Denoiser, MLPDenoiser
@@ -285,3 +286,31 @@ def test_gradients_that_overflow_at_no_scale_at_all_are_no_overflow():
     with pytest.raises(NonFiniteError, match="non-finite gradient at primal step 18 "):  # 65536 is halved 17 times
         for _ in range(40):
             take_step(train, scaling, make_batch(0), method=faulty)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_deferred_checks_skip_the_bad_step_and_tell_of_it_when_they_are_read(accelerator, fault):
+    """The host does not look in between: the steps around the bad one move the weights, the bad one moves nothing."""
+    batch, method, culprit = FAULTS[fault]
+    train, calm, checks = make_train(), make_train(), DeferredChecks()
+
+    def step(batch, method=None):
+        return primal_step(
+            train, method or fairness(), batch, MULTIPLIERS, accelerator=accelerator, grad_clip=1e9, checks=checks
+        )
+
+    def weights():
+        return {k: t.numpy().tobytes() for k, t in train.tensors().items() if not k.startswith("ema.")}
+
+    norms = [take_step(calm, accelerator, make_batch(number)) for number in range(3)]
+    assert [step(make_batch(number)) for number in range(3)] == [None] * 3
+    assert everything(train) == everything(calm)
+    assert checks.read() == norms[-1] and checks.read() is None
+    before = weights()
+    step(batch, method)
+    assert weights() == before
+    step(make_batch(3))
+    assert weights() != before and all(torch.isfinite(t).all() for t in train.tensors().values())
+    with pytest.raises(NonFiniteError, match=f"non-finite {culprit} at primal step 4 ") as error:
+        checks.read()
+    assert error.value.step == 4

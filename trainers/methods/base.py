@@ -117,7 +117,9 @@ class StreamSums:
     def add(self, values: torch.Tensor, counts: Sequence[int]) -> None:
         values = values.detach().double()
         for row, part in zip(self.table, values.split(list(counts)), strict=True):
-            row += torch.stack([part.sum(), part.square().sum(), part.new_tensor(float(len(part)))])
+            row[0] += part.sum()
+            row[1] += part.square().sum()
+            row[2] += len(part)
 
     def reset(self) -> None:
         self.table.zero_()
