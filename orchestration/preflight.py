@@ -206,4 +206,8 @@ def first_point(config: SweepConfig, at: list[str]) -> SweepConfig:
     dumped = config.to_dict()
     dumped["thresholds"] = {"unit": config.thresholds.unit, "list": [values]}
     dumped["baselines"] = {"unconstrained": False, "fixed_weights": []}
+    if config.sweep.order != "listed":  # alone it has no neighbour, and ends as it would have among others
+        dumped["sweep"] = {"order": "listed"}
+        if config.stopping.certificate is None:
+            dumped["stopping"]["certificate"] = True
     return SweepConfig.from_dict(dumped)

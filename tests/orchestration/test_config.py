@@ -266,6 +266,14 @@ def test_one_point_is_the_first_of_the_file_or_the_one_asked_for():
     assert first.base_key() == config.base_key()
 
 
+@pytest.mark.parametrize("certificate, ends", [(None, True), (False, False), (True, True)])
+def test_one_point_of_a_path_is_trained_alone_and_ends_as_it_would_have_among_others(certificate, ends):
+    config = SweepConfig.from_dict(values(sweep={"order": "path"}, stopping={"certificate": certificate}))
+    alone = first_point(config, ["minority=0.2"])
+    assert (alone.sweep.order, alone.stopping.certificate) == ("listed", ends)
+    assert first_point(SweepConfig.from_dict(values()), ["minority=0.2"]).stopping.certificate is None
+
+
 def test_a_fresh_name_counts_on_past_those_taken(tmp_path):
     config = SweepConfig.from_dict(values(storage=str(tmp_path)))
     assert fresh_name(config).name == "small"
