@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -88,8 +89,9 @@ class InThread(RayDual):
     def call(self, method, *args, timeout_s=60.0):
         return asyncio.run_coroutine_threadsafe(getattr(self.server, method)(*args), self._loop).result(timeout_s)
 
-    def report(self, trial_id, attempt, dual_step, measurement):
-        return self.call("report", trial_id, attempt, dual_step, measurement)
+    def submit(self, trial_id, attempt, dual_step, measurement):
+        answer = self.server.report(trial_id, attempt, dual_step, measurement)
+        return partial(asyncio.run_coroutine_threadsafe(answer, self._loop).result, 60.0)
 
     def lease(self, slot, finished, workers=1):
         return self.call("lease", slot, finished, workers, timeout_s=600)
