@@ -29,8 +29,9 @@ sweep: $(VENV)/.installed ## set up, then run the bundled sweep (6 minutes on 2 
 	$(VENV)/bin/dualsweep sweep $(SWEEP) --fresh-name $(SWEEP_ARGS)
 
 # pytest's own script, not `python -m pytest`: the latter puts this folder first on sys.path, and with it our `datasets`.
+# Two processes of one thread each: files side by side, all that starts Ray in one of them (tests/conftest.py).
 test: $(VENV)/.installed-test ## set up, then run the whole test suite
-	$(VENV)/bin/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest --numprocesses 2 --dist loadgroup $(PYTEST_ARGS)
 
 test-faults: $(VENV)/.installed-test ## set up, then every test of faults, those too long for `make test` too
 	$(VENV)/bin/pytest tests/faults -m "heavy or not heavy" $(PYTEST_ARGS)

@@ -29,6 +29,13 @@ TINY = {
 }
 
 
+def pytest_collection_modifyitems(items):
+    """With several processes: a file's tests share their fixtures in one, and all that start Ray are in one, in turn."""
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_ray():
     """Ray notes a cluster that runs here for all users of the machine: ours is noted elsewhere, and we join nobody else's.
