@@ -272,7 +272,7 @@ def _write_trace(folder, point, constraints, metrics, multipliers, rng, steps=75
             "wall_time lr grad_norm objective objective_stderr lagrangian infeasibility complementarity "
             "stationarity kkt_residual"
         )
-        counters = {"dual_step": step, "primal_step": 20 * step, "attempt": 1, "workers": 1}
+        counters = {"dual_step": step, "primal_step": 20 * step, "attempt": 1, "workers": 1, "lag": 0}
         rows.append(counters | dict.fromkeys(scalars.split(), 0.1) | vectors)
     write_trace(rows, folder / "trace.parquet", constraints=NAMES, trial_id=point["trial_id"])
 
