@@ -228,7 +228,7 @@ def _write_trace(directory, point, unit, target, steps, rng, relaxed, limit=0.2,
             ),
             0.1,
         )
-        rows.append({"dual_step": step, "primal_step": 20 * step, "attempt": 1, "workers": 1, **scalars, **vectors})
+        rows.append({"dual_step": step, "primal_step": 20 * step, "attempt": 1, "workers": 1, "lag": 0, **scalars, **vectors})
     write_trace(rows, directory / "trace.parquet", constraints=list(MINORITY), trial_id=point["trial_id"])
 
 
