@@ -87,7 +87,8 @@ class StandInTrial(trial_module.SweepTrial):
     """Tune's trial with a stand-in for its worker group."""
 
     def setup(self, config: dict) -> None:
-        trial_module.WorkerGroup = StandInGroup  # in this actor's process
+        # In this actor's process, whether it imported the class above this one or unpickled it.
+        super().setup.__func__.__globals__["WorkerGroup"] = StandInGroup
         super().setup(config)
 
 

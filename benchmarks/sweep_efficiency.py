@@ -8,6 +8,9 @@ All train the same points of the main job (examples/digits_fairness.yaml) from t
 * plain: Ray's documented pattern, a Tune function trial that starts a new Train run. Its workers evaluate and save as ours.
 * shell: one process a point, as many at a time as cores, the way the papers' code sweeps.
 
+Beside wall time, the processor time of all processes is printed, sampled: on a machine that others use too it is the steadier
+number, and `processor_*_N` are the same ratios in it (of the bare loops their imports are left out, of the rest nothing).
+
 `efficiency_N` is bare over sweep for N trials, everything that a sweep does from its first line to its report counted
 against it; `efficiency_evaluated_N` counts the evaluation as work. `speedup_vs_plain_N` and `speedup_vs_shell_N` are wall time
 over the sweep's. With more repeats the medians of the ratios are taken, every repeat running all of them in turn.
@@ -16,11 +19,13 @@ over the sweep's. With more repeats the medians of the ratios are taken, every r
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -226,8 +231,48 @@ def ended(process: subprocess.Popen, folder: Path) -> str:
     return said.strip().splitlines()[-1] if said.strip() else ""
 
 
-def timed(part: str, config_path: Path, trials: int, folder: Path) -> float:
-    """Seconds of all points by one way of training them."""
+class Processor(threading.Thread):
+    """Processor seconds of all processes that descend from this one, those that end meanwhile included."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.over = threading.Event()
+        self._here = psutil.Process()
+        self._seen: dict[tuple[int, float], float] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """What was computed until now does not count."""
+        self._look()
+        self._before = dict(self._seen)
+
+    def seconds(self) -> float:
+        self._look()
+        return sum(spent - self._before.get(key, 0.0) for key, spent in self._seen.items())
+
+    def run(self) -> None:
+        while not self.over.wait(0.5):
+            self._look()
+
+    def _look(self) -> None:
+        for process in self._here.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                self._seen[process.pid, process.create_time()] = times.user + times.system
+
+
+def timed(part: str, config_path: Path, trials: int, folder: Path) -> tuple[float, float]:
+    """Wall and processor seconds of all points by one way of training them."""
+    processor = Processor()
+    processor.start()
+    try:
+        return wall_seconds(part, config_path, trials, folder, processor), processor.seconds()
+    finally:
+        processor.over.set()
+        processor.join()
+
+
+def wall_seconds(part: str, config_path: Path, trials: int, folder: Path, processor: Processor) -> float:
     began = time.perf_counter()
     if part in ("sweep", "plain"):
         said = ended(start(part, config_path, list(range(trials)), folder), folder)
@@ -247,6 +292,7 @@ def timed(part: str, config_path: Path, trials: int, folder: Path) -> float:
         for process in processes:
             if process.stdout.readline().strip() != "ready":
                 ended(process, folder)
+        processor.reset()  # imports and loading are not the loop's
         for process in processes:
             process.stdin.write("go\n")
             process.stdin.flush()
@@ -281,7 +327,7 @@ def main() -> None:
     parts = ["bare", "sweep", "bare_evaluated", "plain", "shell"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     options = parser.parse_args()
-    taken: dict[str, list[float]] = {part: [] for part in options.only}
+    taken: dict[str, list[tuple[float, float]]] = {part: [] for part in options.only}
     with own_folder() as root:
         base = load_config(EXAMPLE, main_job(root, "first", 1, 30, 64), environment=False)
         (root / "first.json").write_text(json.dumps(base.to_dict()), encoding="utf-8")
@@ -295,17 +341,17 @@ def main() -> None:
                 path = root / f"{name}.json"
                 path.write_text(json.dumps(config.to_dict()), encoding="utf-8")
                 taken[part].append(timed(part, path, options.trials, root / f"{name}-run"))
-                print(
-                    f"{part:15} {options.trials} trials of {options.steps} steps: {taken[part][-1]:7.1f} s", flush=True
-                )
+                said = "{:7.1f} s, processor {:7.1f} s".format(*taken[part][-1])
+                print(f"{part:15} {options.trials} trials of {options.steps} steps: {said}", flush=True)
     figures = {}
     if "sweep" in taken:
         for part, name in {
             "bare": "efficiency", "bare_evaluated": "efficiency_evaluated", "plain": "speedup_vs_plain", "shell": "speedup_vs_shell",
         }.items():  # fmt: skip
-            ratios = [a / b for a, b in zip(taken.get(part, []), taken["sweep"], strict=False)]
-            if ratios:
-                figures[f"{name}_{options.trials}"] = statistics.median(ratios)
+            for clock, prefix in enumerate(("", "processor_")):
+                ratios = [a[clock] / b[clock] for a, b in zip(taken.get(part, []), taken["sweep"], strict=False)]
+                if ratios:
+                    figures[f"{prefix}{name}_{options.trials}"] = statistics.median(ratios)
     closing_line("sweep_efficiency", figures)
 
 
