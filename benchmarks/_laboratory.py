@@ -62,9 +62,9 @@ def run(job: Job, folder: Path) -> Finished:
         trial_dir = str(done.folder / "trials" / point["trial_id"])
         return run_trial(workspace, Assignment(**point, trial_dir=trial_dir, base_dir=str(base_dir), attempt=1), dual)
 
-    base_dir.mkdir(parents=True, exist_ok=True)
+    base_dir.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    with open(base_dir / "lock", "w", encoding="utf-8") as lock:
+    with open(base_dir.with_suffix(".lock"), "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (base_dir / "base.json").exists():
             train(base, LocalDual())

@@ -39,7 +39,7 @@ from dualsweep.orchestration.schedulers import trial_scheduler
 from dualsweep.orchestration.storage import forget, push_outcome, sign_of_life, sweep_id
 from dualsweep.orchestration.tracking import Tracker, Undelivered, check_tracking
 from dualsweep.orchestration.watch import Watcher, sweep_metrics, trial_folder
-from dualsweep.trainers.results import push_base, write_base
+from dualsweep.trainers.results import publish_base
 from dualsweep.trainers.store import StorageError, disk_trouble, local_trouble, writing_to
 from dualsweep.trainers.workspace import write_json
 
@@ -336,8 +336,8 @@ def adopt_pretrained(plan: Plan) -> None:
 
     workspace = Workspace(plan.config.to_dict(), plan.config.data)
     denoiser = load_model(plan.config.model.pretrained)
-    write_base(plan.base_dir, lambda folder: save_model(denoiser, workspace.schedule, folder), workspace.data)
-    push_base(plan.base_dir, plan.store)
+    save = partial(save_model, denoiser, workspace.schedule)
+    publish_base(plan.base_dir, save, workspace.data, plan.store)
 
 
 def stored_config(name: str, storage: Path) -> SweepConfig:

@@ -45,7 +45,7 @@ class SweepTrial(tune.Trainable):
             attempt=0,
             thresholds=point["thresholds"],
             fixed_weight=point["fixed_weight"],
-            trial_dir=str(self.folder / "trials" / point["trial_id"]),
+            trial_dir=str(trial_dir(self.folder, point)),
             base_dir=config["base_dir"],
             handed_over=time.time(),
             start=point.get("start"),
@@ -85,6 +85,12 @@ class SweepTrial(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         return None
+
+
+def trial_dir(folder: Path, point: dict[str, Any]) -> Path:
+    """Where a trial's workers write. The pretraining's checkpoints are this sweep's own, though its model is shared; they
+    lie apart from the trials, which a report reads."""
+    return folder / point["trial_id"] if point["kind"] == "base" else folder / "trials" / point["trial_id"]
 
 
 def _scores(row: dict[str, Any] | None) -> dict[str, float]:

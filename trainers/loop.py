@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,9 @@ from dualsweep.trainers.primal import primal_step
 from dualsweep.trainers.results import (
     averaged_multipliers,
     evaluate_trial,
-    push_base,
+    publish_base,
     push_trial,
     trial_summary,
-    write_base,
 )
 from dualsweep.trainers.state import TrainState
 from dualsweep.trainers.store import Store
@@ -74,7 +74,7 @@ class _Trial:
         config = workspace.config
         self.is_base = assignment.kind == "base"
         self.optimizer: dict[str, Any] = config["pretrain"] if self.is_base else config["primal"]
-        self.folder = Path(assignment.base_dir if self.is_base else assignment.trial_dir)
+        self.folder, self.base_dir = Path(assignment.trial_dir), Path(assignment.base_dir)
         self.unit: str = config["thresholds"]["unit"]
         self.names = workspace.constraint_names if assignment.kind in ("constrained", "fixed_weights") else ()
         self.store = workspace.store or Store(self.folder)
@@ -89,7 +89,7 @@ class _Trial:
 
     def run(self) -> dict[str, Any] | None:
         workspace, config = self.workspace, self.workspace.config
-        base = None if self.is_base else workspace.load_base(Path(self.assignment.base_dir))
+        base = None if self.is_base else workspace.load_base(self.base_dir)
         formulation = METHODS[config["method"]]
         self.method: Method = (Pretraining if self.is_base else formulation)(
             workspace.setting(self.names, self.optimizer, pretraining=self.is_base)
@@ -456,9 +456,9 @@ class _Trial:
         if workspace.rank == 0:
             ema = workspace.modules()[1]
             if sound:
-                write_base(self.folder, lambda folder: save_model(ema, workspace.schedule, folder), workspace.data)
-                push_base(self.folder, self.store)
-                workspace.load_base(self.folder)
+                save = partial(save_model, ema, workspace.schedule)
+                publish_base(self.base_dir, save, workspace.data, self.store)
+                workspace.load_base(self.base_dir)
                 calibration = (
                     workspace.calibration
                 )  # may find a number that is not finite: the checkpoints serve a retry

@@ -1,5 +1,8 @@
 """What a finished trial leaves: evaluation on fresh draws, certificate, exact answer beside it, and its files."""
 
+import os
+import shutil
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -238,15 +241,28 @@ def _constraint_rows(
     return rows
 
 
-def write_base(folder: Path, save: Callable[[Path], None], data: ConstrainedData) -> None:
-    """Model first, then base.json: a base folder counts as complete once that is there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "model", save)
-    write_json(folder / "base.json", {"data": data.fingerprint})
+def publish_base(folder: Path, save: Callable[[Path], None], data: ConstrainedData, store: Store) -> None:
+    """Put a pretrained model where every sweep that shares it looks: the model and base.json in one move, once.
 
-
-def push_base(folder: Path, store: Store) -> None:
-    """To a remote store, in the order of `write_base`."""
+    One that another sweep published in the meantime stays: its trials may be reading it. A remote store has no such move;
+    there base.json is written last, and of two sweeps that publish within the same seconds the second one's model counts.
+    Raises: StorageError when it cannot be written.
+    """
+    if store.exists(folder / "base.json"):
+        return
+    part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part{os.getpid()}")  # of machines, too, that share it
+    with writing_to(folder, part):
+        part.mkdir(parents=True)
+        save(part / "model")
+        write_json(part / "base.json", {"data": data.fingerprint})
+        if store.uri is not None or not (folder / "base.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # incomplete, or never pushed
+        try:
+            os.rename(part, folder)
+        except OSError:
+            if not (folder / "base.json").is_file():
+                raise
+            shutil.rmtree(part, ignore_errors=True)  # another one was first
     store.push(folder / "model")
     store.push(folder / "base.json")
 

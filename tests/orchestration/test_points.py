@@ -7,6 +7,7 @@ from ray.tune.search import Searcher
 
 from dualsweep.orchestration.config import ConfigError, SweepConfig, expand_grid, point_for_search, sweep_points
 from dualsweep.orchestration.points import Halt, build_search, search_settings
+from dualsweep.orchestration.trial import trial_dir
 
 NAMES = ("digit_4", "digit_5")
 SHARED = {"folder": "somewhere", "constraint_names": list(NAMES)}
@@ -205,3 +206,9 @@ def test_a_bad_setting_of_a_search_is_refused_by_its_path(key, value, remedy):
     said = str(refused.value)
     assert f"thresholds.search.{key}" in said and remedy in said
     assert key == "point" or repr(value) in said
+
+
+def test_the_pretraining_writes_in_its_own_sweep_and_not_among_the_trials_a_report_reads(tmp_path):
+    trial = {"trial_id": "a", "kind": "constrained"}
+    assert trial_dir(tmp_path, trial) == tmp_path / "trials" / "a"
+    assert trial_dir(tmp_path, {"trial_id": "pretrained", "kind": "base"}) == tmp_path / "pretrained"

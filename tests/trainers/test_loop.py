@@ -18,7 +18,9 @@ from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.loop import run_trial
 from dualsweep.trainers.models import load_model
 from dualsweep.trainers.primal import NonFiniteError
+from dualsweep.trainers.results import publish_base
 from dualsweep.trainers.state import CheckpointError
+from dualsweep.trainers.store import Store
 from dualsweep.trainers.workspace import Workspace
 
 DUAL_STEPS = 6  # of every trial below: 12 primal steps, a dual step every second one
@@ -494,7 +496,50 @@ def test_an_interrupted_base_run_resumes_to_the_same_bits(sweeps, tmp_path):
     assert not (tmp_path / "base" / "base.json").exists()
     result = sweep.run(replace(assignment, attempt=2), dual, make_workspace("mixture"))
     assert result["calibration"] == sweep.base_result["calibration"]
-    assert not (tmp_path / "base" / "checkpoints").exists()
+    assert not (Path(assignment.trial_dir) / "checkpoints").exists()
+
+
+def test_a_sweep_that_shares_a_pretrained_model_does_not_meet_the_checkpoints_of_another(tmp_path):
+    """One is interrupted while it pretrains; the other differs in what the pretrained model does not depend on."""
+    changed = MIXTURE | {"dual": MIXTURE["dual"] | {"step_size": 0.02}}
+    results = []
+    for name, values, dual in (("first", MIXTURE, Directing("interrupt", 2)), ("second", changed, LocalDual())):
+        config = SweepConfig.from_dict(values)
+        base = Assignment(
+            trial_id="pretrained",
+            label="",
+            kind="base",
+            attempt=1,
+            thresholds={},
+            fixed_weight=None,
+            trial_dir=str(tmp_path / name / "pretrained"),
+            base_dir=str(tmp_path / "bases" / config.base_key()),
+        )
+        results.append(run_trial(Workspace(config.to_dict(), config.data), base, dual))
+    assert results[0] is None and results[1]["status"] == "completed"
+    assert len(list((tmp_path / "bases").glob("*/base.json"))) == 1
+    assert (tmp_path / "first" / "pretrained" / "checkpoints" / "step-000002").is_dir()
+
+
+def test_of_two_sweeps_that_pretrain_at_once_the_first_ones_model_stays(sweeps, tmp_path):
+    data, folder, store = sweeps("mixture").workspace.data, tmp_path / "bases" / "key", Store(tmp_path)
+
+    def saving(text: str, meanwhile=lambda: None):
+        def save(part: Path) -> None:
+            part.mkdir(parents=True)
+            (part / "weights").write_text(text, encoding="utf-8")
+            meanwhile()
+
+        return save
+
+    folder.mkdir(parents=True)
+    (folder / "half").touch()  # what an older version's killed process left
+    first = saving("first")
+    publish_base(folder, saving("second", lambda: publish_base(folder, first, data, store)), data, store)
+    publish_base(folder, saving("third"), data, store)
+    assert (folder / "model" / "weights").read_text(encoding="utf-8") == "first"
+    assert sorted(path.name for path in folder.iterdir()) == ["base.json", "model"]
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize("kind", ["constrained", "unconstrained"])
