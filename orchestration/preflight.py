@@ -109,6 +109,7 @@ def _check_formulation(config: SweepConfig, method: type[Method], summary: Datas
         )
     names = method.constraint_names(summary.constraint_names, method.options(values["formulation"]))
     method.check(values, names)
+    method.check_data(values, config.data, summary)
     return names
 
 

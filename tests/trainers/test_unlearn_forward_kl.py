@@ -1,5 +1,6 @@
 """Forward-KL unlearning: the difference of denoising losses, its stabilisers, its caps, and divergences that only grow."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch.multiprocessing
 from dualsweep.constraints import Capped, Constraint, NonNegative, certify
 from dualsweep.constraints.multipliers import DualState
 from dualsweep.constraints.problem import Problem
-from dualsweep.datasets import DatasetSpec, SetSpec, build
+from dualsweep.datasets import DatasetSpec, SetSpec, build, validate_spec
 from dualsweep.orchestration.config import load_config
 from dualsweep.orchestration.local_dual import LocalDual
+from dualsweep.orchestration.preflight import _check_formulation
 from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.estimators import point_kl
 from dualsweep.trainers.evaluate import EVALUATION_COUNTER
@@ -347,19 +349,70 @@ def test_there_is_no_exact_answer_where_none_is_known_or_possible(unlearning):
     assert unlearning(data=everything, names=tuple("abc")).exact(constraints, ascent) is None
 
 
+def refused(*overrides, example=EXAMPLE):
+    """What preflight says to this configuration; None: nothing."""
+    config = load_config(example, [*overrides], environment=False)
+    try:
+        _check_formulation(config, METHODS[config.method], validate_spec(config.data))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+FIXED = ("dual={rule: fixed, start: 0.3, primal_steps_per_dual_step: 20}",)
+BOTH = "data.sets={right: {classes: [1]}, both: {classes: [1, 2]}}"
+RIGHT_AND_LAW = "data.sets={right: {classes: [1]}, law: {means: [[0.0, 1.7]], stds: [0.4]}}"
+NATS = "thresholds={unit: nats, grid: {sets: [1.0]}}"
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
         (["formulation.gradient_norm=0.1", "primal.precision=fp16"], "primal.precision='fp16'.*use bf16 or fp32"),
-        (["baselines.fixed_weights=[0.5]"], r"baselines.fixed_weights=\[0.5\]: 0.5 for each of 2 sets.*lower it"),
+        (["baselines.fixed_weights=[0.1, 0.3]"], r"baselines.fixed_weights=0.3: at or above 0.3, the mass of set right"),
+        (FIXED, r"dual.start=0.3: at or above 0.3, the mass of set right in main.*lower it"),
+        ([BOTH, NATS], "data.sets: right and both overlap.*disjoint classes"),
+        ([RIGHT_AND_LAW, NATS], "data.sets: right and law overlap, or nobody knows"),
     ],
 )
 def test_what_it_cannot_do_is_refused_by_field(overrides, message):
-    config = load_config(EXAMPLE, overrides, environment=False)
-    with pytest.raises(ValueError, match=message):
-        METHODS[config.method].check(config.to_dict(), tuple(config.data.sets))
-    allowed = load_config(EXAMPLE, ["baselines.fixed_weights=[0.5]", "formulation.loss_ceiling=2"], environment=False)
-    METHODS[allowed.method].check(allowed.to_dict(), tuple(allowed.data.sets))
+    found = refused(*overrides)
+    assert found and re.search(message, found)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["baselines.fixed_weights=[0.29]"],  # the sum of the two is below 1, and so is each below its own mass
+        ["baselines.fixed_weights=[0.5]", "formulation.loss_ceiling=2"],
+        [FIXED[0].replace("0.3", "0.29")],
+        [*FIXED, "formulation.gradient_norm=0.1"],
+        [BOTH, NATS, "formulation.loss_ceiling=2"],
+        ["dual.start=5"],  # a multiplier that moves starts inside its domain
+        ["data.weights=[0.1, 0.45, 0.45]", "baselines.fixed_weights=[0.44]"],
+    ],
+)
+def test_what_is_bounded_is_allowed(overrides):
+    assert refused(*overrides) is None
+
+
+def test_single_images_have_the_mass_of_one():
+    """Of 1437 digits in main, one and a half weigh more than one set of one."""
+    images = {"dataset": "digits", "sets": {"one": {"samples": [3]}, "two": {"samples": [4]}}}
+    given = [f"data={images}", "thresholds={unit: loss, grid: {sets: [0.5]}}", "measure={}"]
+    found = refused(*given, "model={kind: unet}", "baselines.fixed_weights=[0.001]")
+    assert found and re.search(r"baselines.fixed_weights=0.001: at or above 0.0006\d+, the mass of set one", found)
+    assert refused(*given, "model={kind: unet}", "baselines.fixed_weights=[0.0006]") is None
+    twice = [given[0].replace("[4]", "[3, 4]"), *given[1:]]
+    assert "one and two overlap" in refused(*twice, "model={kind: unet}")
+
+
+def test_multipliers_that_would_turn_the_loss_round_are_refused(unlearning, tiny_denoiser, tiny_batch):
+    denoiser, batch, beyond = tiny_denoiser(), tiny_batch(COUNTS), torch.tensor([0.7, 0.4], dtype=torch.float64)
+    for normalize in (True, False):
+        with pytest.raises(ValueError, match=r"multipliers=\[0.7, 0.4\]: their sum reaches 1"):
+            unlearning(normalize=normalize).primal_loss(denoiser, batch, beyond)
+    assert torch.isfinite(unlearning(loss_ceiling=2.0).primal_loss(denoiser, batch, beyond).loss)
 
 
 def test_divergences_from_single_images_are_refused():

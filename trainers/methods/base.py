@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dualsweep.constraints import Constraint, DualDomain, NonNegative
-from dualsweep.datasets import ConstrainedData
+from dualsweep.datasets import ConstrainedData, DatasetSpec, DatasetSummary
 from dualsweep.trainers.evaluate import EVALUATION_COUNTER, denoising_losses, weighted_errors
 from dualsweep.trainers.labellers import Labeller
 from dualsweep.trainers.metrics import Draws, Measurement, loss_measurement, share_draws, share_measurement
@@ -161,6 +161,13 @@ class Method:
     @classmethod
     def check(cls, config: Mapping[str, Any], names: Sequence[str]) -> None:
         """Refuse a configuration (resolved, as a dictionary) this formulation can't use.
+
+        Raises: ValueError naming field, value and remedy.
+        """
+
+    @classmethod
+    def check_data(cls, config: Mapping[str, Any], spec: DatasetSpec, summary: DatasetSummary) -> None:
+        """Refuse what `check` cannot see: it needs to know the data, before any image is read.
 
         Raises: ValueError naming field, value and remedy.
         """

@@ -3,7 +3,8 @@
 The Lagrangian of the denoising losses is ``loss_main - sum_i lambda_i loss_i``; its minimiser at every noise level is the
 noise prediction of ``(q - sum_i lambda_i q^i) / (1 - sum_i lambda_i)``. It exists while that density is not negative: the
 multiplier of a forget set stays below the set's mass in q, and one held at that cap says that the threshold is out of
-reach. Forgetting sample by sample is one set a sample.
+reach. Caps a set are enough for sets that do not overlap; others are refused. Forgetting sample by sample is one set a
+sample.
 
 The cap of a single image is tiny. Two options bound the pull away from the forget sets by other means and lift the caps;
 multipliers are then weights of any size:
@@ -17,6 +18,7 @@ Source: methods.md 6, 8 and H3; gradient norm: Alberti et al., Data Unlearning i
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,6 +27,7 @@ from torch import distributed
 
 from dualsweep.constraints import Capped, Constraint, DualDomain, NonNegative
 from dualsweep.constraints.closed_forms import forward_kl_unlearning_multipliers
+from dualsweep.datasets import ConstrainedData, DatasetSpec, DatasetSummary, SetSpec, build
 from dualsweep.trainers.formulations import ForwardKL
 from dualsweep.trainers.methods.base import Batch, PrimalTerms
 from dualsweep.trainers.methods.denoising import denoising_terms, stream_weights, weighted_sum
@@ -51,13 +54,31 @@ class UnlearnForwardKL(DivergenceConstraints):
             raise ValueError(
                 "primal.precision='fp16': formulation.gradient_norm needs the gradient before its scaling; use bf16 or fp32"
             )
-        weights = config["baselines"]["fixed_weights"]
-        if not _bounded(options) and max(weights, default=0.0) * len(names) >= 1:
-            raise ValueError(
-                f"baselines.fixed_weights={list(weights)}: {max(weights):g} for each of {len(names)} sets sums to 1 or "
-                "more, and that Lagrangian has no minimum; lower it, or give formulation.gradient_norm or "
-                "formulation.loss_ceiling"
-            )
+
+    @classmethod
+    def check_data(cls, config: Mapping[str, Any], spec: DatasetSpec, summary: DatasetSummary) -> None:
+        """Unbounded Lagrangians: sets that overlap, and fixed weights that no cap holds back."""
+        if _bounded(cls.options(config["formulation"])):
+            return
+        remedy = "give formulation.gradient_norm or formulation.loss_ceiling"
+        for one, other in combinations(summary.sets, 2):
+            if not _disjoint(summary.sets[one], summary.sets[other]):
+                raise ValueError(
+                    f"data.sets: {one} and {other} overlap, or nobody knows that they do not (sets named by classes on "
+                    "one side and by samples or means on the other): a cap a set does not keep the Lagrangian bounded; "
+                    f"name disjoint classes, or disjoint samples, or {remedy}"
+                )
+        fixed = {f"baselines.fixed_weights={weight:g}": weight for weight in config["baselines"]["fixed_weights"]}
+        if config["dual"]["rule"] == "fixed":  # other rules start inside their domain whatever they are given
+            fixed[f"dual.start={config['dual']['start']:g}"] = config["dual"]["start"]
+        masses = _masses(spec, summary) if any(fixed.values()) else {}
+        for field, weight in fixed.items():
+            for name, mass in masses.items():
+                if weight >= max(mass, 1e-12):
+                    raise ValueError(
+                        f"{field}: at or above {mass:.4g}, the mass of set {name} in main, where the Lagrangian has no "
+                        f"minimum; lower it, or {remedy}"
+                    )
 
     def domain(self, constraints: Sequence[Constraint]) -> DualDomain:
         if _bounded(self.setting.options):
@@ -69,13 +90,7 @@ class UnlearnForwardKL(DivergenceConstraints):
 
         Raises: ValueError for a set that main does not contain.
         """
-        data = self.setting.data
-        if name in data.constraint_classes:
-            mass = data.prior[data.constraint_classes[name]]
-        elif name in data.constraint_mixtures:
-            (mass,) = ForwardKL(data.mixture, [data.constraint_mixtures[name]], at_least=True).domain.caps
-        else:
-            mass = len(data.constraints[name]) / len(data.main)
+        mass = _mass(self.setting.data, name)
         if not mass > 0:
             raise ValueError(
                 f"data.sets.{name}: main holds nothing of it to forget; add its classes to data.main_classes"
@@ -86,6 +101,11 @@ class UnlearnForwardKL(DivergenceConstraints):
 
     def primal_loss(self, denoiser: torch.nn.Module, batch: Batch, multipliers: torch.Tensor) -> PrimalTerms:
         options, normalize = self.setting.options, self.setting.optimizer.get("normalize", True)
+        if not _bounded(options) and not bool(multipliers.sum() < 1):
+            raise ValueError(
+                f"multipliers={multipliers.tolist()}: their sum reaches 1, beyond the mass of all sets in main, and that "
+                "Lagrangian has no minimum; lower dual.start or baselines.fixed_weights"
+            )
         weights = stream_weights(-multipliers, normalize=normalize and not _bounded(options))
         terms = denoising_terms(denoiser, self.setting.schedule, batch, weights)
         if not len(multipliers) or not _bounded(options):
@@ -141,6 +161,35 @@ def gradient_norm(loss: torch.Tensor, denoiser: torch.nn.Module) -> torch.Tensor
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(flat)
     return flat.norm()
+
+
+def _mass(data: ConstrainedData, name: str) -> float:
+    """The largest m with m q^i <= q; 0 for a class that main lacks."""
+    if name in data.constraint_classes:
+        return data.prior[data.constraint_classes[name]]
+    if name in data.constraint_mixtures:
+        return ForwardKL(data.mixture, [data.constraint_mixtures[name]], at_least=True).domain.caps[0]
+    return len(data.constraints[name]) / len(data.main)
+
+
+def _masses(spec: DatasetSpec, summary: DatasetSummary) -> dict[str, float]:
+    """`_mass` of every set, of images before any is read."""
+    if not summary.counts:
+        data = build(spec)
+        return {name: _mass(data, name) for name in summary.sets}
+    total = sum(part.kept for part in summary.counts.values())
+    masses = {}
+    for name, chosen in summary.sets.items():
+        shares = [summary.prior.get(index, 0.0) for index in chosen.classes or ()]
+        whole = sum(shares) if min(shares, default=0.0) > 0 else 0.0  # main has to hold all its classes
+        masses[name] = whole if chosen.samples is None else len(chosen.samples) / total
+    return masses
+
+
+def _disjoint(one: SetSpec, other: SetSpec) -> bool:
+    """Whether two sets are known to have no sample in common."""
+    pairs = ((one.classes, other.classes), (one.samples, other.samples))
+    return any(a is not None and b is not None and not set(a) & set(b) for a, b in pairs)
 
 
 def _bounded(options: Mapping[str, Any]) -> bool:
