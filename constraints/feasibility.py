@@ -101,8 +101,9 @@ def certify(
     In the simplex domain a constraint is held if its violation is at most the tolerance above the level.
 
     Args:
-        violation, stderr: held-out estimates in canonical units, shape (num_constraints,); stderr >= 0, 0 where exact.
-        count: independent draws behind each estimate, one number or one each; widens the interval for small samples.
+        violation, stderr: held-out estimates in canonical units, shape (num_constraints,); stderr >= 0.
+        count: independent draws behind each estimate, one number or one each; widens the interval for small samples, and
+            decides nothing below ten. 0 with a standard error of 0: exact.
         tolerance: >= 0, canonical units.
         confidence: in (0, 1).
         objective: value of the objective at the model and its standard error; on the simplex, the largest violation.
@@ -158,7 +159,8 @@ def certify(
         above = f" above the level {level:.4g}"
     half_width = student_quantile(1 - (1 - confidence) / (2 * len(names)), counts) * stderr
     low, high = violation - half_width, violation + half_width
-    too_few = (counts < FEWEST_DRAWS) & (stderr > 0)
+    exact = (stderr == 0) & (counts == 0)  # one draw has no spread either
+    too_few = (counts < FEWEST_DRAWS) & ~exact
     shown_met = (high <= tolerance) & ~too_few
     shown_violated = (low > tolerance) & ~too_few
     verdict = "infeasible" if shown_violated.any() else "feasible" if shown_met.all() else "undecided"

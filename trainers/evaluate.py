@@ -45,9 +45,22 @@ def weighted_errors(
 
 @torch.inference_mode()
 def denoising_losses(
-    denoiser: torch.nn.Module, samples: np.ndarray, schedule: NoiseSchedule, *, draws: int, seed: int
+    denoiser: torch.nn.Module,
+    samples: np.ndarray,
+    schedule: NoiseSchedule,
+    *,
+    draws: int,
+    seed: int,
+    whole: bool = False,
 ) -> np.ndarray:
-    """Table row (sum, sum of squares, count) of `draws` plain noise-prediction losses on samples of a set, uniform timesteps."""
+    """Table row (sum, sum of squares, count) of `draws` plain noise-prediction losses on samples of a set, uniform timesteps.
+
+    The samples stand for the law they come from: what counts is their number, and each is the mean over its draws.
+
+    Args:
+        whole: the samples are all there is of the set (listed images). Chance is then in timestep and noise alone: a row a
+            draw, each image's mean replaced by that of all, so that the spread is the one around the images' own means.
+    """
     generator = np.random.Generator(np.random.Philox(key=[seed, 0x10555]))
     images = generator.permutation(len(samples))[:draws]
     index = np.repeat(images, max(1, draws // len(images)))
@@ -66,5 +79,9 @@ def denoising_losses(
             .cpu()
             .numpy()
         )
-    values = np.concatenate(losses).reshape(len(images), -1).mean(1)
+    table = np.concatenate(losses).reshape(len(images), -1)
+    means, each = table.mean(1), table.shape[1]
+    values = means
+    if whole and each > 1 and len(images) == len(samples):
+        values = (means.mean() + (table - means[:, None]) * np.sqrt(each / (each - 1))).flatten()
     return np.array([values.sum(), np.square(values).sum(), float(len(values))])

@@ -83,10 +83,12 @@ def test_small_samples_widen_the_interval_like_student(count, quantile):
     assert certificate.interval[1] == pytest.approx(quantile, rel=0.01)  # as the docstring promises, tables of t
 
 
-def test_too_few_draws_decide_nothing():
-    certificate = verdict([-5.0, -5.0], [0.01, 0.01], count=9)
+@pytest.mark.parametrize("count, stderr", [(9, 0.01), (9, 0.0), (1, 0.0)])
+def test_too_few_draws_decide_nothing(count, stderr):
+    """One draw, or a few that happen to agree, have no spread: that is not a standard error of 0."""
+    certificate = verdict([-5.0, -5.0], [stderr, stderr], count=count)
     assert certificate.verdict == "undecided"
-    assert any("only 9 draws" in reason for reason in certificate.reasons)
+    assert any(f"only {count} draws" in reason for reason in certificate.reasons)
 
 
 def test_a_feasible_verdict_at_the_edge_is_wrong_no_more_often_than_it_says():

@@ -19,6 +19,7 @@ from dualsweep.trainers.oracles import Oracle
 from dualsweep.trainers.samplers import ddim_sample
 
 CALIBRATION_DRAWS = 8192
+HELD_OUT_DRAWS = 4096  # of a denoising loss
 CALIBRATION_COUNTER = EVALUATION_COUNTER + 1
 
 
@@ -245,8 +246,17 @@ class Method:
 
     def held_out_measurement(self, denoiser: torch.nn.Module, multipliers: torch.Tensor) -> Measurement:
         """The metrics on held-out draws where `measure` has none: denoising losses of the sets."""
-        held_out = self.setting.data.held_out_constraints
-        return self._losses(denoiser, {name: held_out[name] for name in self.setting.names}, 4096)
+        setting = self.setting
+        rows = [np.array([0.0, 0.0, 1.0])]
+        for name in setting.names:
+            samples, trained = setting.data.held_out_constraints[name], setting.data.constraints[name]
+            whole = np.array_equal(samples, trained)  # listed images: the set is the law
+            rows.append(
+                denoising_losses(
+                    denoiser, samples, setting.schedule, draws=HELD_OUT_DRAWS, seed=setting.seed, whole=whole
+                )
+            )
+        return loss_measurement(np.stack(rows))
 
     def calibrate(self) -> Measurement:
         """The metrics of the pretrained model: what `{factor: f}` thresholds multiply."""
@@ -263,15 +273,7 @@ class Method:
         )
         if draws is not None:
             return self.measurement(draws.rows, zeros.cpu().numpy())
-        return self._losses(base, {name: setting.data.constraints[name] for name in setting.names}, CALIBRATION_DRAWS)
-
-    def _losses(self, denoiser: torch.nn.Module, sets: Mapping[str, np.ndarray], draws: int) -> Measurement:
-        setting = self.setting
-        rows = [
-            denoising_losses(denoiser, samples, setting.schedule, draws=draws, seed=setting.seed)
-            for samples in sets.values()
-        ]
-        return loss_measurement(np.stack([np.array([0.0, 0.0, 1.0]), *rows]))
+        return self.held_out_measurement(base, zeros)  # a factor multiplies what it will be judged by
 
     def objective(
         self, denoiser: torch.nn.Module, multipliers: torch.Tensor, *, evaluation: Mapping[str, Any], base_errors
