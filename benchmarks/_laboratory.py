@@ -3,7 +3,7 @@
 import fcntl
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,11 +86,13 @@ def run(job: Job, folder: Path) -> Finished:
     return done
 
 
-def run_all(jobs: Sequence[Job], folder: Path, *, processes: int) -> Iterator[Finished]:
+def run_all(
+    jobs: Sequence[Job], folder: Path, *, processes: int, how: Callable[[Job, Path], Finished] = run
+) -> Iterator[Finished]:
     """Jobs as they finish, `processes` at a time, one thread each."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        for future in as_completed([pool.submit(run, job, folder) for job in jobs]):
+        for future in as_completed([pool.submit(how, job, folder) for job in jobs]):
             yield future.result()
 
 

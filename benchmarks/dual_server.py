@@ -1,11 +1,13 @@
 """Dual steps a second and their latency under concurrent callers, against a plain Ray actor that only echoes.
 
 The DualServer journals every dual step and syncs it to disk before the answer leaves; the echo is a plain Ray actor (one
-thread) that returns what it was given, with the same arguments, through the same client code. Both are called by the same
-processes, as many as callers up to `PROCESSES`, then threads in them, in turn in one run: echo, server, echo, server, ...
-`vs_echo_N` is the DualServer's rate over the echo's at N callers with 10 multipliers, the median of the pairs;
-`p99_vs_echo_N` that of their 99th percentiles. Callers wait for each answer, as alternating trials do, so that one
-caller's rate is the inverse of its latency. The server's own parts, without Ray, come first.
+thread) that returns what it was given, with the same arguments. They are reached differently, as each is in use: reports go to
+the DualServer over its own TCP line, calls of the echo are Ray's. `server_ray` is the DualServer called as the echo is, by
+Ray, so that `vs_echo_ray_N` leaves the line's gain out. All are called by the same processes, as many as callers up to
+`PROCESSES`, then threads in them, in turn in one run, in the opposite order every second time. `vs_echo_N` is the
+DualServer's rate over the echo's at N callers with 10 multipliers, the median of the turns; `p99_vs_echo_N` that of their 99th
+percentiles. Callers wait for each answer, as alternating trials do, so that one caller's rate is the inverse of its latency.
+The server's own parts, without Ray, come first.
 
     python benchmarks/dual_server.py [--repeats 5] [--seconds 1.0] [--quick]
 """
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import ray
-from _harness import closing_line, own_folder
+from _harness import closing_line, own_folder, spread
 
 from dualsweep.constraints import Constraint, Problem
 from dualsweep.orchestration.cluster import start_ray, stop_ray
@@ -31,6 +33,7 @@ from dualsweep.orchestration.journal import Journal, encode_record
 PROCESSES = 8
 MULTIPLIERS = (1, 10, 1000)
 CALLERS = (1, 2, 4, 8, 16, 32, 64)
+TARGETS = ("echo", "server", "server_ray")
 RULE = {"rule": "ascent", "step_size": 0.01, "smoothing": 0.5}
 
 
@@ -67,7 +70,7 @@ class Callers:
     """One process of callers."""
 
     def __init__(self, server, echo) -> None:
-        self.handles = {"server": server, "echo": echo}
+        self.handles = {"server": server, "server_ray": server, "echo": echo}
         self.clients: dict[tuple[str, str], RayDual] = {}
         self.steps: dict[str, int] = {}
 
@@ -80,9 +83,10 @@ class Callers:
 
     def call(self, target: str, names: list[str], size: int, start: float, seconds: float) -> list[list[float]]:
         """Every name is a trial with a thread of its own. Returns: seconds of each call, one list a thread."""
+        names = [f"{target}-{name}" for name in names]
         answered: list[list[float]] = [[] for _ in names]
         problem, measurements = problem_of(size), [measurement_of(size, step) for step in range(16)]
-        if target == "server":
+        if target != "echo":
             for name in names:
                 if name not in self.steps:
                     self.steps[name] = 0
@@ -92,7 +96,7 @@ class Callers:
 
         def caller(name: str, latencies: list[float]) -> None:
             dual = self._client(target, name)
-            report = dual.report if target == "server" else partial(dual.call, "report")
+            report = dual.report if target == "server" else partial(dual.call, "report")  # by Ray
             step = self.steps.get(name, 0)
             time.sleep(max(0.0, start - time.time()))
             while time.time() < start + seconds:
@@ -100,7 +104,7 @@ class Callers:
                 asked = time.perf_counter()
                 report(name, 1, step, measurements[step % 16])
                 latencies.append(time.perf_counter() - asked)
-            if target == "server":
+            if target != "echo":
                 self.steps[name] = step
 
         threads = [threading.Thread(target=caller, args=pair) for pair in zip(names, answered, strict=True)]
@@ -179,31 +183,27 @@ def main() -> None:
             processes = [Callers.remote(server.handle, echo) for _ in range(PROCESSES)]
             ray.get([process.ready.remote() for process in processes])
             for callers, size in cases:
-                rates, tails, both = [], [], {"echo": [], "server": []}
+                rates, by_ray, tails, every = [], [], [], {target: [] for target in TARGETS}
                 for repeat in range(options.repeats + 1):
-                    seen = {
-                        target: drive(processes, target, callers, size, options.seconds)
-                        for target in ("echo", "server")
-                    }
+                    order = TARGETS[:: -1 if repeat % 2 else 1]
+                    seen = {target: drive(processes, target, callers, size, options.seconds) for target in order}
                     if repeat == 0:  # threads, connections and caches
                         continue
                     rates.append(seen["server"][0] / seen["echo"][0])
+                    by_ray.append(seen["server_ray"][0] / seen["echo"][0])
                     tails.append(percentiles(seen["server"][1])[1] / percentiles(seen["echo"][1])[1])
                     for target, (_, latencies) in seen.items():
-                        both[target] += latencies
+                        every[target] += latencies
                 told = []
-                for target, latencies in both.items():
+                for target, latencies in every.items():
                     p50, p99 = percentiles(latencies)
                     rate = len(latencies) / options.seconds / options.repeats
                     told.append(f"{target} {rate:6.0f}/s p50 {p50:6.2f} ms p99 {p99:7.2f} ms")
-                rate, tail = statistics.median(rates), statistics.median(tails)
-                print(
-                    f"{callers:3} callers {size:5} multipliers: {'   '.join(told)}   rate {rate:.2f} "
-                    f"({min(rates):.2f} to {max(rates):.2f})   p99 {tail:.2f} ({min(tails):.2f} to {max(tails):.2f})",
-                    flush=True,
-                )
                 suffix = f"{callers}" if size == 10 else f"{callers}_m{size}"
-                figures |= {f"vs_echo_{suffix}": rate, f"p99_vs_echo_{suffix}": tail}
+                ratios = {"vs_echo": rates, "vs_echo_ray": by_ray, "p99_vs_echo": tails}
+                said = "   ".join(f"{name} {spread(values, '', 2)}" for name, values in ratios.items())
+                print(f"{callers:3} callers {size:5} multipliers: {'   '.join(told)}   {said}", flush=True)
+                figures |= {f"{name}_{suffix}": statistics.median(values) for name, values in ratios.items()}
             server.shutdown()
         finally:
             stop_ray()

@@ -8,7 +8,10 @@ computed counts, which other users of the machine disturb less; two threads are 
 
     python benchmarks/primal_step.py [--repeats 15] [--quick] [--clock processor] [--device cuda]
 
-On a CUDA device the sizes are larger, and bf16 with channels-last and torch.compile is measured against plain fp32 too.
+A timing is that of the loop's own path: with sums for the dual step, and on a CUDA device with DeferredChecks, which look at
+loss and gradient once a dual step. One timing is of `STEPS` steps there, with the device waited for before and after. The
+sizes are larger on CUDA, and bf16, channels-last and torch.compile are a case of their own (`_fast`): `fast_vs_plain_*` is the
+fused plain fp32 step over the fused fast one, in turn too.
 """
 
 import argparse
@@ -25,7 +28,8 @@ from accelerate.state import AcceleratorState
 from torch.profiler import ProfilerActivity, profile
 
 from dualsweep.datasets import Streams
-from dualsweep.trainers.methods import PrimalTerms
+from dualsweep.trainers.bad_numbers import DeferredChecks
+from dualsweep.trainers.methods import PrimalTerms, StreamSums
 from dualsweep.trainers.methods.base import make_batch
 from dualsweep.trainers.methods.fairness import Fairness
 from dualsweep.trainers.models import build_denoiser
@@ -33,6 +37,7 @@ from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.primal import primal_step
 from dualsweep.trainers.state import TrainState
 
+STEPS = 10  # primal steps a dual step on CUDA, timed together
 OPTIMIZER = {
     "steps": 10_000,
     "lr": 1e-3,
@@ -92,7 +97,7 @@ CUDA_CASES = [
 
 
 def steppers(case: Case, device: torch.device) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The fused step and the reference step of a case, both warm."""
+    """The fused step and the reference step of a case, both warm; on CUDA a call is `STEPS` steps and one look at them."""
     torch.set_num_threads(case.threads)
     schedule = NoiseSchedule()
     shape = (1, case.size, case.size)
@@ -120,13 +125,23 @@ def steppers(case: Case, device: torch.device) -> tuple[Callable[[], None], Call
         return denoiser
 
     def stepper(method):
-        train = TrainState(network(), network(), OPTIMIZER)
+        train, sums = TrainState(network(), network(), OPTIMIZER), StreamSums(1 + case.constraints, device)
+        checks = DeferredChecks() if device.type == "cuda" else None  # as `Workspace.defers_checks`
 
         def step():
             batch = make_batch(data, streams.draw(train.primal_step, range(4)), streams.batch_sizes, device)
-            primal_step(train, method, batch, multipliers, accelerator=accelerator, grad_clip=1.0)
+            primal_step(
+                train, method, batch, multipliers, accelerator=accelerator, grad_clip=1.0, sums=sums, checks=checks
+            )
 
-        return step
+        def steps():
+            torch.cuda.synchronize(device)
+            for _ in range(STEPS):
+                step()
+            checks.read()
+            torch.cuda.synchronize(device)
+
+        return step if checks is None else steps
 
     setting = SimpleNamespace(schedule=schedule, optimizer={"normalize": True})  # all that the loss reads
     fused, reference = stepper(Fairness(setting)), stepper(ReferenceForm(setting))
@@ -159,6 +174,7 @@ def main() -> None:
     clock = time.process_time if options.clock == "processor" else time.perf_counter
     cases = CUDA_CASES if options.device == "cuda" else CPU_CASES if options.quick else CPU_CASES + MORE_CPU_CASES
     figures = {}
+    plain_step = None
     for case in cases:
         fused_step, reference_step = steppers(case, torch.device(options.device))
         reference, fused, ratios = paired_medians(reference_step, fused_step, repeats=options.repeats, clock=clock)
@@ -167,6 +183,11 @@ def main() -> None:
             f"{case.name:28} reference {spread(reference)}   fused {spread(fused)}   ratio {spread(ratios, 'x', 3)}",
             flush=True,
         )
+        if case.fast:  # comes after the plain case of the same sizes
+            _, _, ratios = paired_medians(plain_step, fused_step, repeats=options.repeats, clock=clock)
+            figures[f"fast_vs_plain_{case.name.removesuffix('_fast')}"] = statistics.median(ratios)
+            print(f"    plain over fast {spread(ratios, 'x', 3)}", flush=True)
+        plain_step = fused_step
         if options.device == "cpu" and case.threads == 1:  # on a GPU the processor only launches the kernels
             share = matrix_share(fused_step, rows=10 if case in CPU_CASES else 0)
             figures[f"matrix_share_{case.name}"] = share

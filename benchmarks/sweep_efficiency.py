@@ -13,9 +13,15 @@ number, and `processor_*_N` are the same ratios in it (of the bare loops their i
 
 `efficiency_N` is bare over sweep for N trials, everything that a sweep does from its first line to its report counted
 against it; `efficiency_evaluated_N` counts the evaluation as work. `speedup_vs_plain_N` and `speedup_vs_shell_N` are wall time
-over the sweep's. With more repeats the medians of the ratios are taken, every repeat running all of them in turn.
+over the sweep's. The medians of the ratios are taken, every repeat running all of them in turn, in the opposite order every
+second time; the spread is printed.
 
-    python benchmarks/sweep_efficiency.py [--trials 8] [--steps 200] [--samples 3000] [--repeats 1] [--only sweep bare]
+    python benchmarks/sweep_efficiency.py [--trials 8] [--steps 200] [--samples 3000] [--repeats 3] [--only sweep bare]
+    python benchmarks/sweep_efficiency.py --trials 32 --only bare sweep
+
+On two free cores a primal step takes 50 ms. A repeat of 8 trials takes about 6 minutes (bare 1, sweep 1.5, bare_evaluated 1.5,
+plain 2, shell 2), so that `speedup_vs_plain_8` needs `--only sweep plain` and 10 minutes for three repeats; one of 32
+trials of bare and sweep, which gives `efficiency_32`, takes about 8 minutes, three of them 24 (estimated from the time of a step).
 """
 
 import argparse
@@ -31,7 +37,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from _harness import closing_line, own_folder
+from _harness import closing_line, own_folder, spread
 
 from dualsweep.constraints import Constraint, Problem
 from dualsweep.orchestration.config import SweepConfig, load_config
@@ -323,7 +329,7 @@ def main() -> None:
     parser.add_argument(
         "--samples", type=int, default=3000, help="of each trial's evaluation; the example's own are 3000"
     )
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
     parts = ["bare", "sweep", "bare_evaluated", "plain", "shell"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     options = parser.parse_args()
@@ -333,7 +339,7 @@ def main() -> None:
         (root / "first.json").write_text(json.dumps(base.to_dict()), encoding="utf-8")
         timed("sweep", root / "first.json", 1, root / "first-run")  # trains the pretrained model that all share
         for repeat in range(options.repeats):
-            for part in options.only:
+            for part in options.only[:: -1 if repeat % 2 else 1]:
                 name = f"{part}-{repeat}"
                 config = load_config(
                     EXAMPLE, main_job(root, name, options.trials, options.steps, options.samples), environment=False
@@ -352,6 +358,10 @@ def main() -> None:
                 ratios = [a[clock] / b[clock] for a, b in zip(taken.get(part, []), taken["sweep"], strict=False)]
                 if ratios:
                     figures[f"{prefix}{name}_{options.trials}"] = statistics.median(ratios)
+                    print(f"{prefix}{name}_{options.trials}: {spread(ratios, '', 3)}", flush=True)
+    for part, values in taken.items():
+        if values:
+            figures[f"{part}_s_{options.trials}"] = statistics.median(wall for wall, _ in values)
     closing_line("sweep_efficiency", figures)
 
 
