@@ -66,6 +66,35 @@ def mean_measurement(rows: np.ndarray) -> Measurement:
     return Measurement(rows.mean(axis=0).tolist(), stderrs.tolist(), [len(rows)] * rows.shape[1])
 
 
+def clustered_measurement(rows: np.ndarray, columns: int) -> Measurement:
+    """`mean_measurement` of the first columns, where each may have another beside it that says which sample a row is of.
+
+    Args:
+        rows: (n, columns), all independent, or (n, 2 columns): values, then the sample behind each value.
+    """
+    if rows.shape[1] == columns:
+        return mean_measurement(rows)
+    values, samples = rows[:, :columns], rows[:, columns:]
+    found = [clustered_stderrs(values[:, [k]], samples[:, k]) for k in range(columns)]
+    return Measurement(values.mean(axis=0).tolist(), [float(s[0]) for s, _ in found], [count for _, count in found])
+
+
+def clustered_stderrs(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, int]:
+    """Standard errors of the column means where samples of one cluster (ancestor) are not independent, and its number.
+
+    Source: Chan and Lai, 2013, estimator of the variance of a particle system by ancestors.
+    """
+    _, cluster = np.unique(clusters, return_inverse=True)
+    count = int(cluster.max()) + 1
+    sums = np.stack([np.bincount(cluster, weights=column) for column in (values - values.mean(axis=0)).T], axis=1)
+    return np.sqrt(np.square(sums).sum(axis=0) * count / max(count - 1, 1)) / len(values), count
+
+
+def rounds(generator: np.random.Generator, size: int, count: int) -> np.ndarray:
+    """`count` indices below `size`: one random order of them all, over and over. Each counts once before any counts twice."""
+    return np.resize(generator.permutation(size), count)
+
+
 def share_measurement(rows: np.ndarray) -> Measurement:
     """-log(share) in nats from (n, num_constraints) membership weights.
 

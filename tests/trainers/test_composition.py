@@ -20,8 +20,9 @@ from dualsweep.trainers.evaluate import EVALUATION_COUNTER
 from dualsweep.trainers.formulations import ForwardKL, ReverseKL
 from dualsweep.trainers.loop import run_trial
 from dualsweep.trainers.methods.base import Batch
-from dualsweep.trainers.methods.composed import clustered_stderrs, load_composition, log_ratios
+from dualsweep.trainers.methods.composed import load_composition, log_ratios
 from dualsweep.trainers.methods.composition import Composition
+from dualsweep.trainers.metrics import clustered_stderrs, rounds
 from dualsweep.trainers.models import build_denoiser
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.oracles import composition_and, oracle_at
@@ -281,7 +282,7 @@ def test_a_student_is_measured_on_its_own_samples(compose, sets):
         n, r = law.means[0], law.stds[0, 0]
         exact = 2 * np.log(r / s) + (2 * s**2 + ((m - n) ** 2).sum()) / (2 * r**2) - 1
         assert value == pytest.approx(exact, abs=4 * stderr + 0.03 * exact + 0.002)
-    assert (len(draws.samples) == 1024 and student.training is not False) or student.training
+    assert len(draws.samples) == 1024 and student.training
 
 
 def test_the_mixtures_student_learns_from_the_sets_by_their_weights(compose, data):
@@ -316,6 +317,27 @@ def test_the_mixtures_student_is_measured_on_samples_of_the_sets(compose, sets):
     whole = measured(method, [0.3, 0.3, 0.4], 64, denoiser=student).rows
     parts = [measured(method, [0.3, 0.3, 0.4], 64, denoiser=student, shards=[k]).rows for k in range(4)]
     assert np.array_equal(whole, np.concatenate(parts))
+
+
+def test_held_out_samples_drawn_twice_count_once(compose, data, monkeypatch):
+    """Five times as many draws as held-out samples: the standard error is that of the samples."""
+    method = compose(law="or", primal="distill")
+    monkeypatch.setattr(method, "kl_values", lambda law, student, x_0, **_: x_0[:, 0].double().numpy())
+    fewest = min(map(len, data.held_out_constraints.values()))
+    draws = measured(method, [0.3, 0.3, 0.4], 4 * 5 * fewest, denoiser=torch.nn.Identity(), counter=EVALUATION_COUNTER)
+    found = method.measurement(draws.rows, np.array([0.3, 0.3, 0.4]))
+    for name, metric, stderr, count in zip(NAMES, found.metrics, found.stderrs, found.counts, strict=True):
+        points = data.held_out_constraints[name][:, 0]
+        expected = points.std(ddof=1) / np.sqrt(len(points))
+        assert count == len(points)
+        assert stderr == pytest.approx(expected, rel=0.05)  # some are drawn once more than others
+        assert metric == pytest.approx(points.mean(), abs=0.3 * expected)
+
+
+def test_rounds_take_every_index_before_any_twice():
+    index = rounds(np.random.default_rng(0), 7, 17)
+    assert sorted(index[:7]) == sorted(index[7:14]) == list(range(7)) and len(index) == 17
+    assert len(set(rounds(np.random.default_rng(0), 7, 3))) == 3
 
 
 # -- pieces -------------------------------------------------------------------------------------------------------

@@ -35,10 +35,34 @@ def test_the_metric_of_exact_denoisers_is_minus_the_log_share(fairness, exact_de
     model = exact_denoiser(method.setting.data.mixture.with_weights(SHARES), SCHEDULE)
     draws = method.measure(model, MULTIPLIERS, counter=counter, shards=[0], counts={0: 2000}, num_sampling_steps=1)
     found = method.measurement(draws.rows, MULTIPLIERS.numpy())
-    assert draws.rows.shape == (2000, 2) and draws.samples is None
+    assert draws.rows[:, :2].shape == (2000, 2) and draws.samples is None
     for metric, stderr, share in zip(found.metrics, found.stderrs, SHARES[1:], strict=True):
         assert metric == pytest.approx(-np.log(share), abs=3 * stderr + 0.01)
-        assert stderr < 0.04
+        assert stderr < (0.04 if counter < EVALUATION_COUNTER else 0.06)  # 200 held-out samples, ten draws each
+
+
+def test_intervals_count_the_held_out_samples_not_the_draws(make_setting):
+    """2400 draws from 120 held-out points tell of 120: intervals of 95 % have to cover the law behind the points.
+
+    The metric of a point is its first coordinate plus noise of the draw, so the law's is the component's mean.
+    """
+
+    class FirstCoordinate(Fairness):
+        def row_values(self, name, denoiser, x_0, generator):
+            return x_0[:, 0].double() + 0.1 * torch.from_numpy(generator.standard_normal(len(x_0)))
+
+    repeats, covered = 100, 0
+    for seed in range(repeats):
+        spec = {"dataset": "gaussian_mixture", "means": [[0.0, 0.0], [3.0, 0.0]], "stds": [1.0, 1.0], "seed": seed}
+        data = build(DatasetSpec.from_dict({**spec, "count": 120, "minority": {"classes": [1]}}))
+        method = FirstCoordinate(make_setting(data=data, unit="nats", seed=seed))
+        arguments = {"counter": EVALUATION_COUNTER, "shards": [0], "counts": {0: 2400}, "num_sampling_steps": 1}
+        draws = method.measure(torch.nn.Identity(), MULTIPLIERS[:1], **arguments)
+        found = method.measurement(draws.rows, MULTIPLIERS[:1].numpy())
+        covered += abs(found.metrics[0] - 3.0) <= 1.98 * found.stderrs[0]
+        assert found.counts == [120] and len(draws.rows) == 2400
+    # A true 95 % stays at or above 88 of 100 in all but 4 of 1000 seeds; rows taken as independent cover about 30.
+    assert covered >= 88
 
 
 def test_main_in_place_of_the_set_or_the_other_direction_is_noticed(fairness, exact_denoiser):

@@ -70,6 +70,10 @@ class Adaptation(DivergenceConstraints):
         index = self.generator(name, counter, shard).integers(len(pool), size=count)
         return pool[torch.from_numpy(index).to(pool.device)]
 
+    def held_out_index(self, name: str, count: int, *, counter: int, shard: int) -> None:
+        """None: an evaluation draws its own samples of the pretrained model."""
+        return
+
     @property
     def pool(self) -> torch.Tensor:
         """Samples of the pretrained model, drawn once a worker process; the same on every worker."""

@@ -34,7 +34,7 @@ from dualsweep.trainers.evaluate import EVALUATION_COUNTER
 from dualsweep.trainers.labellers import Labeller
 from dualsweep.trainers.methods.base import CALIBRATION_COUNTER, Batch, Method, PrimalTerms
 from dualsweep.trainers.methods.denoising import denoising_terms
-from dualsweep.trainers.metrics import Draws, Measurement, mean_measurement
+from dualsweep.trainers.metrics import Draws, Measurement, clustered_measurement, clustered_stderrs
 from dualsweep.trainers.models import Denoiser, load_model, save_model
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.oracles import Oracle
@@ -344,7 +344,7 @@ class Composed(Method):
         if not self.setting.names:
             return Measurement([], [], [], objective=(0.0, 0.0))
         if self.trains:
-            found, log_z = mean_measurement(rows), None
+            found, log_z = clustered_measurement(rows, len(self.measured_conditions)), None
         else:
             found, log_z = self._composed_measurement(rows, self.exponents(_as_array(multipliers)))
         extra = len(self.measured_conditions) - len(self.setting.names)
@@ -519,17 +519,6 @@ def log_ratios(
             gaps = (predictions - predictions[:1]) * (2 * drawn - predictions - predictions[:1])
             total += weight / repeats * gaps.flatten(2).sum(2).double().cpu().numpy()
     return total.T
-
-
-def clustered_stderrs(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, int]:
-    """Standard errors of the column means where samples of one cluster (ancestor) are not independent, and its number.
-
-    Source: Chan and Lai, 2013, estimator of the variance of a particle system by ancestors.
-    """
-    _, cluster = np.unique(clusters, return_inverse=True)
-    count = int(cluster.max()) + 1
-    sums = np.stack([np.bincount(cluster, weights=column) for column in (values - values.mean(axis=0)).T], axis=1)
-    return np.sqrt(np.square(sums).sum(axis=0) * count / max(count - 1, 1)) / len(values), count
 
 
 def _conditional_ddim(

@@ -22,7 +22,7 @@ from dualsweep.trainers.labellers import Labeller
 from dualsweep.trainers.methods.base import Batch, Objective, PrimalTerms
 from dualsweep.trainers.methods.composed import Composed, ComposedLaw
 from dualsweep.trainers.methods.denoising import denoising_terms
-from dualsweep.trainers.metrics import Draws, Measurement, mean_measurement
+from dualsweep.trainers.metrics import Draws, Measurement, mean_measurement, rounds
 from dualsweep.trainers.oracles import Oracle, composition_and, composition_or
 from dualsweep.trainers.ratios import log_likelihood_ratios
 
@@ -158,22 +158,29 @@ class Composition(Composed):
         counts: Mapping[int, int],
         num_sampling_steps: int,
     ) -> Draws:
-        """OR: KL(q^i || p) of the student p on samples of every set, held-out ones in an evaluation."""
+        """OR: KL(q^i || p) of the student p on samples of every set.
+
+        In an evaluation on held-out ones, whose numbers follow the values: what is drawn twice is not independent.
+        """
         if not self._mixes:
             return super().student_draws(denoiser, counter, shards, counts, num_sampling_steps)
         setting, held_out = self.setting, counter >= EVALUATION_COUNTER
-        rows = [np.zeros((0, len(setting.names)))]
+        rows = [np.zeros((0, (1 + held_out) * len(setting.names)))]
         for shard in shards if setting.names else []:
-            columns = []
+            columns, drawn = [], []
             for position, name in enumerate(setting.names):
                 samples = setting.tensors[name]
                 if held_out:
                     samples = torch.from_numpy(setting.data.held_out_constraints[name]).to(setting.device)
-                index = self._generator(position, counter, shard).integers(len(samples), size=counts[shard])
+                generator = self._generator(position, counter, shard)
+                if held_out:
+                    drawn.append(index := rounds(generator, len(samples), counts[shard]))
+                else:
+                    index = generator.integers(len(samples), size=counts[shard])
                 x_0 = samples[torch.from_numpy(index).to(setting.device)]
                 law = self.base_predictor(self.set_conditions[position])
                 columns.append(self.kl_values(law, denoiser, x_0, counter=counter, shard=shard))
-            rows.append(np.column_stack(columns))
+            rows.append(np.column_stack([*columns, *drawn]))
         return Draws(np.concatenate(rows))
 
     def measurement(self, rows: np.ndarray, multipliers: np.ndarray) -> Measurement:

@@ -16,7 +16,7 @@ from dualsweep.trainers.estimators import MAX_ROWS, Predictor, point_kl
 from dualsweep.trainers.evaluate import EVALUATION_COUNTER
 from dualsweep.trainers.labellers import Labeller
 from dualsweep.trainers.methods.base import Method
-from dualsweep.trainers.metrics import Draws, Measurement, mean_measurement
+from dualsweep.trainers.metrics import Draws, Measurement, clustered_measurement, rounds
 from dualsweep.trainers.oracles import Oracle, forward_kl
 
 MOST_NUMBERS = 2**20  # of the noised samples in one forward: 8192 points of the plane, 341 images of 3x32x32
@@ -56,14 +56,20 @@ class DivergenceConstraints(Method):
     def law_samples(self, name: str, count: int, *, counter: int, shard: int, num_sampling_steps: int) -> torch.Tensor:
         """Samples of a set's law on the device, addressed by (seed, name, counter, shard).
 
-        A dual step draws from the training samples with replacement, an evaluation from the held-out ones.
+        A dual step draws from the training samples with replacement, an evaluation goes through the held-out ones.
         """
-        data, device = self.setting.data, self.setting.device
-        samples = self.setting.tensors[name]
-        if counter >= EVALUATION_COUNTER:
-            samples = torch.from_numpy(data.held_out_constraints[name]).to(device)
-        index = self.generator(name, counter, shard).integers(len(samples), size=count)
-        return samples[torch.from_numpy(index).to(device)]
+        index, samples = self.held_out_index(name, count, counter=counter, shard=shard), self.setting.tensors[name]
+        if index is None:
+            index = self.generator(name, counter, shard).integers(len(samples), size=count)
+        else:
+            samples = torch.from_numpy(self.setting.data.held_out_constraints[name]).to(self.setting.device)
+        return samples[torch.from_numpy(index).to(samples.device)]
+
+    def held_out_index(self, name: str, count: int, *, counter: int, shard: int) -> np.ndarray | None:
+        """Which held-out samples of a set `law_samples` takes; None where its samples are independent draws."""
+        if counter < EVALUATION_COUNTER:
+            return None
+        return rounds(self.generator(name, counter, shard), len(self.setting.data.held_out_constraints[name]), count)
 
     def generator(self, name: str, counter: int, shard: int, purpose: int = 0) -> np.random.Generator:
         """Random numbers that no other measurement draws."""
@@ -82,7 +88,10 @@ class DivergenceConstraints(Method):
         num_sampling_steps: int,
         labeller: Labeller | None = None,
     ) -> Draws | None:
-        """In nats: the point KL of every drawn sample of every set, one column a set."""
+        """In nats: the point KL of every drawn sample of every set, one column a set.
+
+        In an evaluation the numbers of the held-out samples follow: what is drawn twice is not independent.
+        """
         if not self.setting.names or not self.measures_rows:
             return super().measure(
                 denoiser,
@@ -108,9 +117,11 @@ class DivergenceConstraints(Method):
                     )
                     for name in self.setting.names
                 ]
-                parts.append(torch.stack(columns, dim=1).double().cpu().numpy())
+                indices = [self.held_out_index(name, counts[shard], **drawn) for name in self.setting.names]
+                held_out = [index for index in indices if index is not None]
+                parts.append(np.column_stack([torch.stack(columns, dim=1).double().cpu().numpy(), *held_out]))
         denoiser.train(was_training)
-        return Draws(np.concatenate(parts))
+        return Draws(np.concatenate(parts[1:] or parts))
 
     @property
     def most_rows(self) -> int:
@@ -138,7 +149,9 @@ class DivergenceConstraints(Method):
         return estimate.per_sample
 
     def measurement(self, rows: np.ndarray, multipliers: np.ndarray) -> Measurement:
-        return mean_measurement(rows) if self.measures_rows else super().measurement(rows, multipliers)
+        if self.measures_rows:
+            return clustered_measurement(rows, len(self.setting.names))
+        return super().measurement(rows, multipliers)
 
     def class_density(
         self, constraints: Sequence[Constraint], shifts: np.ndarray
