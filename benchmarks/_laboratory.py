@@ -60,7 +60,9 @@ def run(job: Job, folder: Path) -> Finished:
 
     def train(point: dict[str, Any], dual: LocalDual) -> dict[str, Any]:
         trial_dir = str(done.folder / "trials" / point["trial_id"])
-        return run_trial(workspace, Assignment(**point, trial_dir=trial_dir, base_dir=str(base_dir), attempt=1), dual)
+        folders = {"trial_dir": trial_dir, "base_dir": str(base_dir)}
+        # `dual` is new: checkpoints of a run that was cut short have no rows in it.
+        return run_trial(workspace, Assignment(**point, **folders, attempt=1, known_steps=0), dual)
 
     base_dir.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

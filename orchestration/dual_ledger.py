@@ -54,6 +54,7 @@ class TrialBook:
     error: str | None = None
     notes: list[str] = field(default_factory=list)
     attempt_limit: int = 0
+    leases: int = 0  # times it was handed to workers since an attempt began
     assignment: dict[str, Any] | None = None  # the last one that handed it to a slot
     _rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
     _packed: bytes | None = field(default=None, repr=False)
@@ -93,6 +94,11 @@ class DualLedger:
             raise StaleAttemptError(f"trial {trial_id}: attempt {attempt} began after attempt {book.attempt}")
         if attempt == book.attempt and book.state is not None:
             return []  # delivered twice: reports of this attempt may have followed
+        if dual_state is not None and dual_state["step"] > len(book.rows):
+            raise ProtocolError(
+                f"trial {trial_id}: its checkpoint is of dual step {dual_state['step']}, the journal knows {len(book.rows)} of "
+                "them; remove the checkpoint to start the trial again, or restore the journal"
+            )
         if dual_state is None:
             parsed = Problem.from_dict(problem)
             dual_state = (
@@ -124,6 +130,8 @@ class DualLedger:
             raise StaleAttemptError(f"trial {trial_id}: report of attempt {attempt}, current is {book.attempt}")
         if dual_step <= book.state.step:
             return []
+        if book.status != "running":
+            raise StaleAttemptError(f"trial {trial_id}: report of attempt {attempt}, but the trial is {book.status}")
         if dual_step != book.state.step + 1:
             raise ProtocolError(f"trial {trial_id}: dual step {dual_step} follows {book.state.step}")
         violation = book.problem.violation(measurement["metrics"])
@@ -156,15 +164,18 @@ class DualLedger:
         book = self.book(record["trial"])
         if kind == "assign":
             self.slots[record["slot"]], book.attempt_limit = record["assignment"], record["attempt_limit"]
-            book.assignment = record["assignment"]
+            book.assignment, book.leases = record["assignment"], 0
+        elif kind == "leased":
+            book.leases += 1
         elif kind == "resized":
             book.attempt_limit += 1
         elif kind == "begin":
             book.attempt, book.status, book.directive = record["attempt"], "running", "continue"
+            book.leases = 0
             book.problem = Problem.from_dict(record["problem"])
             book.rule = rule_from_config(record["rule"], book.problem.relaxation_costs)
             book.state = DualState.from_dict(record["state"])
-            book.superseded_rows += len(book.rows) - book.state.step
+            book.superseded_rows += max(len(book.rows) - book.state.step, 0)
             del book.rows[book.state.step :]
             book.checkpoint_step, book.error = book.state.step, None
         elif kind == "step":

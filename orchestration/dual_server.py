@@ -58,7 +58,8 @@ class DualServer:
         Args:
             finished: trial the caller has just ended, or None when its process is new.
             workers: how many the group has now. A group that was resized has not failed: its trial keeps all its retries.
-        Returns: an assignment with its attempt number raised, or None when the slot is closed.
+        Returns: an assignment with its attempt number raised and the dual steps in the books, or None when the slot is
+            closed. A lease that no `begin` follows counts as an attempt: its workers died while they made ready.
         """
         resized = self._group_sizes.get(slot, workers) != workers
         self._group_sizes[slot] = workers
@@ -71,16 +72,51 @@ class DualServer:
                 if assignment is None:
                     return None
                 book = self.ledger.book(assignment["trial_id"])
-                if book.status == "running" and book.attempt >= book.attempt_limit:
-                    error = f"its workers died in each of {book.attempt} attempts, without a Python error; look at memory and at the Ray logs"
+                # One lease too many is forgiven: it may be of a group that died while it waited here, and got no answer.
+                spent = book.attempt + max(book.leases - 1, 0)
+                if (
+                    (book.status == "running" or book.leases)
+                    and book.status not in FINAL
+                    and spent >= book.attempt_limit
+                ):
+                    how = (
+                        f"died in each of {book.attempt} attempts"
+                        if book.attempt
+                        else "never got as far as its first step"
+                    )
+                    if book.attempt and book.leases > 1:
+                        how += f", and {book.leases} times before an attempt began"
+                    error = f"its workers {how}, without a Python error; look at memory and at the Ray logs"
                     await self._perform(
                         [{"kind": "end", "trial": book.trial_id, "status": "failed", "result": None, "error": error}]
                     )
                 if assignment["trial_id"] != finished and book.status not in FINAL and not self._halting:
                     if assignment["kind"] == "base" or await self._has_base(assignment["base_dir"]):
-                        return {**assignment, "attempt": book.attempt + 1}
+                        await self._perform([{"kind": "leased", "trial": book.trial_id}])
+                        return {**assignment, "attempt": book.attempt + 1, "known_steps": len(book.rows)}
                     await self._give_up_without_base(assignment["trial_id"])
             await self._wait(slot)
+
+    async def give_up(self, slot: str, error: str) -> None:
+        """A group of this slot cannot even be made ready: the trial it would take fails with that error."""
+        assignment = self.ledger.slots.get(slot)
+        if assignment is not None and self.ledger.book(assignment["trial_id"]).status not in FINAL:
+            failed = {
+                "kind": "end",
+                "trial": assignment["trial_id"],
+                "status": "failed",
+                "result": None,
+                "error": error,
+            }
+            await self._perform([failed])
+
+    async def settle(self) -> None:
+        """Every slot is closed: trials that were told to stop, and whose workers died before they heard it, are stopped."""
+        for book in list(self.ledger.trials.values()):
+            if book.status == "running" and book.directive == "stop":
+                await self._perform(
+                    [{"kind": "end", "trial": book.trial_id, "status": "stopped", "result": None, "error": None}]
+                )
 
     async def _has_base(self, base_dir: str) -> bool:
         if base_dir not in self._bases:
@@ -383,11 +419,16 @@ class RayDual:
             if isinstance(cause, (StaleAttemptError, ProtocolError, StorageError, ValueError)):
                 raise type(error.cause)(str(error.cause)) from None
             raise
-        except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorDiedError) as error:
+        except ray.exceptions.GetTimeoutError as error:
             raise RuntimeError(f"the DualServer did not answer {method} within {timeout_s:g} s") from error
+        except ray.exceptions.ActorDiedError as error:  # its last line says why: a damaged journal, for one
+            raise RuntimeError(f"the DualServer died: {str(error).strip().splitlines()[-1].strip()}") from error
 
     def lease(self, slot: str, finished: str | None, workers: int = 1) -> dict[str, Any] | None:
         return ray.get(self.handle.lease.remote(slot, finished, workers))
+
+    def give_up(self, slot: str, error: str) -> None:
+        self.call("give_up", slot, error)
 
     def shutdown(self) -> None:
         """End the actor for good; its journal stays."""

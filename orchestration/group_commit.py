@@ -5,7 +5,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 
-from dualsweep.orchestration.journal import Journal, JournalError, RemoteJournal
+from dualsweep.orchestration.journal import Journal, RemoteJournal
 from dualsweep.trainers.store import StorageError
 
 QUICK_S = (
@@ -53,7 +53,7 @@ class GroupCommit:
                         self.journal.append(batch)
                     else:
                         await loop.run_in_executor(None, self.journal.append, batch)
-                except (OSError, JournalError) as failed:
+                except Exception as failed:  # noqa: BLE001 - whoever waits is told; nobody else would be
                     error = failed
                 else:
                     del self._pending[: len(batch)]

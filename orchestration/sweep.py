@@ -138,6 +138,8 @@ def _run(plan: Plan, slots: int, console: Console) -> Outcome:
                 if todo or config.thresholds.search is not None:
                     try:
                         failed_fit = _fit(plan, [base, *todo] if base else todo, slots, results, assignments, halt)
+                        if failed_fit is None and not halt.requested:
+                            server.call("settle")
                     except Exception as error:
                         trouble = disk_trouble(error)  # Tune keeps books of its own in the sweep's folder
                         if trouble is None:

@@ -223,7 +223,7 @@ def _failed_result(point: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any
         "error": seen["error"],
         "reason": seen["error"].strip().splitlines()[-1] if seen["status"] == "diverged" and seen["error"] else None,
         "thresholds": point["thresholds"],
-        "stopped_by": None,
+        "stopped_by": "scheduler" if seen["status"] == "stopped" else None,
         "start": seen.get("start"),
         "multipliers": dict(zip(seen["names"], row.get("multipliers", []), strict=False)),
         "averaged_multipliers": {},

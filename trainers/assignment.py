@@ -37,6 +37,8 @@ class Assignment:
     # trial_dir, "label": its label, "multipliers": {constraint: value}}. Part of what the trial is: a retry has the same.
     start: dict[str, Any] | None = None
 
+    known_steps: int | None = None  # dual steps whose rows the server has; a checkpoint beyond them is not used
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

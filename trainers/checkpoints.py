@@ -20,17 +20,23 @@ def newest_checkpoint(folder: Path, fingerprint: str | None) -> Path | None:
 
 
 def find_checkpoint(
-    folder: Path, fingerprint: str | None, store: Store
+    folder: Path, fingerprint: str | None, store: Store, *, at_most: int | None = None
 ) -> tuple[Path | None, list[tuple[Path, CheckpointError]]]:
     """The newest checkpoint that is whole; a damaged one is passed over for the one before.
 
     Args:
         folder: the trial's; checkpoints that this node lacks are fetched from a remote store.
+        at_most: the last dual step whose row is known; a later checkpoint would leave a gap in the trace.
     Returns: the checkpoint, None when there are none; and those passed over, with what is wrong with them.
-    Raises: CheckpointError, the newest one's, when checkpoints exist but none can be used.
+    Raises: CheckpointError, the newest damaged one's, when there are such and none can be used.
     """
     passed: list[tuple[Path, CheckpointError]] = []
+    ahead: list[tuple[Path, CheckpointError]] = []
     for candidate in sorted(_complete(folder / "checkpoints", store), reverse=True):
+        if at_most is not None and int(candidate.name.removeprefix("step-")) > at_most:
+            text = f"checkpoint {candidate}: the journal knows {at_most} dual steps and none beyond"
+            ahead.append((candidate, CheckpointError(text)))
+            continue
         try:
             store.fetch(candidate)
             read_checkpoint_meta(candidate, fingerprint=fingerprint)
@@ -39,10 +45,10 @@ def find_checkpoint(
         except CheckpointError as error:
             passed.append((candidate, error))
         else:
-            return candidate, passed
+            return candidate, ahead + passed
     if passed:
         raise passed[0][1]
-    return None, []
+    return None, ahead
 
 
 def save_checkpoint(

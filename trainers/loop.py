@@ -234,8 +234,14 @@ class _Trial:
     def _begin(self, train: TrainState, problem: Problem) -> Reply:
         """Restore the newest whole checkpoint if there is one, and tell the dual side where this attempt starts."""
         dual_state = None
-        checkpoint, passed = find_checkpoint(self.folder, self.fingerprint, self.store)
+        at_most = self.assignment.known_steps
+        # Rank 0 chooses for all: what a store lists, or a damaged file, may differ from one worker's look to the next.
+        checkpoint, passed = self._agree(
+            lambda: find_checkpoint(self.folder, self.fingerprint, self.store, at_most=at_most)
+        )
         if checkpoint is not None:
+            if self.workspace.rank > 0:
+                self.store.fetch(checkpoint)
             dual_state = train.restore(checkpoint, fingerprint=self.fingerprint)
         self.workspace.accelerator.wait_for_everyone()  # the others may still read what is removed now
         if self.workspace.rank == 0:
@@ -253,11 +259,11 @@ class _Trial:
         )
         if self.workspace.rank == 0:
             for _, error in passed:
-                text = f"{error}; removed, and gone on from {checkpoint.name}"
+                text = f"{error}; removed, and {f'gone on from {checkpoint.name}' if checkpoint else 'begun again'}"
                 self.dual.note(self.assignment.trial_id, self.assignment.attempt, text)
         return reply
 
-    def _agree(self, call: Callable[[], Reply]) -> Reply:
+    def _agree(self, call: Callable[[], Any]) -> Any:
         """Rank 0 asks, every rank gets the answer; a refusal is one too, or the others would wait for it for ever."""
         if self.workspace.world_size == 1:
             return call()

@@ -24,6 +24,8 @@ class Server(DualClient, Protocol):
 
     def lease(self, slot: str, finished: str | None, workers: int = 1) -> dict[str, Any] | None: ...
 
+    def give_up(self, slot: str, error: str) -> None: ...
+
     def end(
         self, trial_id: str, attempt: int, status: str, *, result: dict | None = None, error: str | None = None
     ) -> None: ...
@@ -46,33 +48,53 @@ def serve(
     ends instead, and is restarted by Ray Train; whichever rank raised first has said why, the server drops what follows.
     """
     torch.set_num_threads(num_threads)
-    workspace = Workspace(config, data_spec, store)
+    grouped = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    workspace = _early_workspace(server, slot, config, data_spec, store, grouped=grouped)
     finished = None
     while True:
-        given = [server.lease(slot, finished, workspace.world_size) if workspace.rank == 0 else None]
-        if workspace.world_size > 1:
+        rank, world_size = (workspace.rank, workspace.world_size) if grouped else (0, 1)
+        given = [server.lease(slot, finished, world_size) if rank == 0 else None]
+        if grouped:
             broadcast_object_list(given, from_process=0)
         if given[0] is None:
             return
         assignment = Assignment(**given[0])
         try:
+            workspace = workspace or Workspace(config, data_spec, store)
             result = run_trial(workspace, assignment, server)
         except Exception as error:  # the trial boundary: whatever it was, it is recorded and the sweep goes on
             bad = isinstance(error, NonFiniteError)
             if not _lost_peer(error):
                 text = traceback.format_exc()
                 server.end(assignment.trial_id, assignment.attempt, "diverged" if bad else "failed", error=text)
-            if workspace.world_size > 1:
+            if grouped:
                 raise
             finished = None if bad else assignment.trial_id
             if bad:
-                workspace = Workspace(config, data_spec, store)
+                workspace = None
         else:
-            if workspace.rank == 0:
+            if rank == 0:
                 status = result["status"] if result is not None else "interrupted"
                 error = result.get("error") if result is not None else None
                 server.end(assignment.trial_id, assignment.attempt, status, result=_plain(result), error=error)
             finished = assignment.trial_id
+
+
+def _early_workspace(
+    server: Server, slot: str, config: dict[str, Any], data_spec: DatasetSpec, store: Store | None, *, grouped: bool
+) -> Workspace | None:
+    """The workspace, made while the first trial may still be waited for.
+
+    A worker alone that cannot make it (data missing on this node, a device that does not answer) tries again inside its
+    first trial, which then fails by name. Without it a group cannot agree which trial that is, so the server looks it up by the slot.
+    """
+    try:
+        return Workspace(config, data_spec, store)
+    except Exception:
+        if not grouped:
+            return None
+        server.give_up(slot, traceback.format_exc())
+        raise
 
 
 def _lost_peer(error: Exception) -> bool:

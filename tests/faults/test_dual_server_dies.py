@@ -6,12 +6,14 @@ import time
 
 import psutil
 import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
 from rich.console import Console
 
 from dualsweep.constraints import Constraint, NonNegative, Problem
 from dualsweep.orchestration.dual_ledger import check_dual_steps
-from dualsweep.orchestration.dual_server import DualServer
-from dualsweep.orchestration.journal import read_journal
+from dualsweep.orchestration.dual_server import DualServer, RayDual
+from dualsweep.orchestration.group_commit import GroupCommit
+from dualsweep.orchestration.journal import Journal, read_journal
 from dualsweep.orchestration.sweep import run_sweep
 from dualsweep.orchestration.trace import read_trace
 
@@ -110,6 +112,86 @@ def test_a_server_that_comes_back_knows_who_was_doing_what(tmp_path):
     assert multipliers == (0.05,)
     asyncio.run(after(multipliers))
     assert asyncio.run(DualServer(str(tmp_path / "s"), "").lease("slot", None)) is None
+
+
+def test_workers_that_die_before_their_trial_begins_use_its_budget_up(tmp_path):
+    """SIGKILL while the pretrained model is loaded: no attempt begins, and Ray Train restarts the group for ever."""
+
+    async def before():
+        server = DualServer(str(tmp_path / "s"), "")
+        await server.assign("slot", assignment(tmp_path), 1)
+        return [(await server.lease("slot", None))["attempt"] for _ in range(2)]
+
+    async def after():
+        server = DualServer(str(tmp_path / "s"), "")
+        assert (await server.lease("slot", None))["attempt"] == 1  # one more than the budget: see `lease`
+        waiting = asyncio.create_task(server.lease("slot", None))
+        while server.ledger.book("t").status != "failed":
+            await asyncio.sleep(0.01)
+        assert "never got as far as its first step" in server.ledger.book("t").error
+        await server.assign("slot", assignment(tmp_path, "next"), 1)
+        assert (await waiting)["trial_id"] == "next"
+        await server.begin("next", 1, PROBLEM, RULE, [0.0], None)
+        await server.report("next", 1, 1, measurement(1))
+        assert server.ledger.book("next").leases == 0
+        given = await server.lease("slot", None)
+        assert (given["attempt"], given["known_steps"]) == (2, 1)
+
+    assert asyncio.run(before()) == [1, 1]
+    asyncio.run(asyncio.wait_for(after(), 30))
+
+
+def test_a_group_that_cannot_be_made_ready_fails_the_trial_of_its_slot(tmp_path):
+    async def sweep():
+        server = DualServer(str(tmp_path / "s"), "")
+        await server.give_up("slot", "a slot that nobody knows")
+        await server.assign("slot", assignment(tmp_path), 1)
+        await server.give_up("slot", "FileNotFoundError: /data")
+        await server.give_up("slot", "the second worker's words")
+        book = server.ledger.book("t")
+        assert (book.status, book.error) == ("failed", "FileNotFoundError: /data")
+
+    asyncio.run(sweep())
+
+
+def test_a_trial_whose_workers_died_before_they_heard_that_it_is_stopped_is_stopped(tmp_path):
+    async def sweep():
+        server = DualServer(str(tmp_path / "s"), "")
+        for trial_id in ("t", "other"):
+            await server.assign(trial_id, assignment(tmp_path, trial_id), 1)
+            await server.begin(trial_id, 1, PROBLEM, RULE, [0.0], None)
+        await server.assign("t", None)
+        await server.settle()
+        assert [server.ledger.book(trial_id).status for trial_id in ("t", "other")] == ["stopped", "running"]
+
+    asyncio.run(sweep())
+
+
+def test_a_server_that_cannot_start_says_why(monkeypatch):
+    cause = RayTaskError(
+        "DualServer.__init__", "Traceback\nJournalError: journal.jsonl: record at byte 7 is corrupted", None
+    )
+
+    def get(reference, timeout):
+        raise ActorDiedError(cause)
+
+    monkeypatch.setattr("dualsweep.orchestration.dual_server.ray.get", get)
+    with pytest.raises(
+        RuntimeError, match=r"DualServer died: JournalError: journal\.jsonl: record at byte 7 is corrupted"
+    ):
+        RayDual(None)._get("snapshot", None, 120.0)
+
+
+def test_whoever_waits_for_a_write_is_told_whatever_went_wrong(tmp_path):
+    class Broken(Journal):
+        def append(self, records):
+            raise MemoryError("no room")
+
+    async def wait():
+        with pytest.raises(MemoryError, match="no room"):
+            await asyncio.wait_for(GroupCommit(Broken(tmp_path / "journal.jsonl")).add([b"a record"]), 5)
+
+    asyncio.run(wait())
 
 
 def test_a_trial_that_is_started_again_elsewhere_leaves_its_old_slot(tmp_path):

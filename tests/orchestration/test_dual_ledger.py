@@ -91,7 +91,9 @@ def test_replaying_the_journal_gives_the_same_ledger_to_the_bit(rule, tmp_path):
     checkpoint = ledger.book("a").state.to_dict()
     records += perform(ledger, [{"kind": "checkpoint", "trial": "a", "dual_step": 5}]) + advance(ledger, 3)
     records += begun(rule, attempt=2, dual_state=checkpoint, ledger=ledger)[1] + advance(ledger, 2, attempt=2)
+    records += perform(ledger, [{"kind": "leased", "trial": "b"}, {"kind": "leased", "trial": "d"}])
     records += begun(rule, trial="b", ledger=ledger)[1] + advance(ledger, 1, trial="b")
+    records += begun(rule, trial="c", ledger=ledger)[1]
     records += perform(ledger, [{"kind": "directive", "trial": "b", "directive": "stop"}])
     records += perform(
         ledger, [{"kind": "end", "trial": "a", "status": "completed", "result": {"x": 0.1 + 0.2}, "error": None}]
@@ -111,7 +113,8 @@ def test_replaying_the_journal_gives_the_same_ledger_to_the_bit(rule, tmp_path):
     assert books(again) == books(ledger)
     assert (ledger.book("a").state.multipliers > 0).all()
     # and goes on alike
-    assert advance(again, 1, trial="a", attempt=2) == advance(ledger, 1, trial="a", attempt=2)
+    assert [again.book(trial).leases for trial in "bd"] == [0, 1]
+    assert advance(again, 2, trial="c") == advance(ledger, 2, trial="c")
 
 
 def test_every_row_is_a_whole_row_of_the_trace(tmp_path):
@@ -178,6 +181,31 @@ def test_an_older_attempt_can_neither_report_nor_begin():
     with pytest.raises(StaleAttemptError, match="trial a: attempt 1 began after attempt 2"):
         begun(attempt=1, ledger=ledger)
     assert books(ledger) == before
+
+
+@pytest.mark.parametrize("status", ["completed", "stopped", "failed", "diverged", "interrupted"])
+def test_a_trial_that_is_over_takes_no_more_steps_and_repeats_the_last_answer(status):
+    ledger, _ = begun()
+    advance(ledger, 2)
+    perform(ledger, [{"kind": "end", "trial": "a", "status": status, "result": None, "error": None}])
+    before = books(ledger)
+    with pytest.raises(StaleAttemptError, match=f"the trial is {status}"):
+        ledger.report("a", 1, 3, measured(3))
+    assert ledger.report("a", 1, 2, measured(2)) == []
+    assert books(ledger) == before
+
+
+def test_a_checkpoint_ahead_of_the_journal_is_refused_with_the_remedy():
+    ledger, _ = begun()
+    advance(ledger, 3)
+    ahead, (behind, _) = ledger.book("a").state.to_dict(), begun()
+    advance(behind, 2)
+    before = books(behind)
+    with pytest.raises(
+        ProtocolError, match=r"checkpoint is of dual step 3, the journal knows 2 .*remove the checkpoint"
+    ):
+        begun(attempt=2, dual_state=ahead, ledger=behind)
+    assert books(behind) == before
 
 
 def test_a_skipped_step_and_a_report_before_the_beginning_are_refused():

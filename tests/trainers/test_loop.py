@@ -392,7 +392,7 @@ def test_a_trial_does_not_depend_on_what_its_worker_ran_before(calm):
     + [("mixture", 3, False), ("losses", 2, False)],
 )
 def test_an_interrupted_trial_resumes_to_the_same_bits(calm, name, at, remembers):
-    """`remembers`: the dual side lived through it; else it lost everything, and the checkpoint brings its state along."""
+    """`remembers`: the dual side lived through it; else its rows are lost, and a checkpoint beyond them counts for nothing."""
     sweep, calm_assignment, calm_dual, calm_result = calm(name)
     assignment, dual = sweep.fresh(f"interrupted-{at}"), Directing("interrupt", at)
     assert sweep.run(assignment, dual) is None
@@ -401,18 +401,38 @@ def test_an_interrupted_trial_resumes_to_the_same_bits(calm, name, at, remembers
     assert len(rows_before) == at
     second = dual if remembers else LocalDual()
     dual.at = None
-    result = sweep.run(replace(assignment, attempt=2), second, make_workspace(name) if name == "mixture" else None)
-    rows = second.trace(assignment.trial_id)
-    if not remembers:
-        rows = rows_before + rows
-    assert [row["attempt"] for row in rows] == [1] * at + [2] * (DUAL_STEPS - at)
+    again = replace(assignment, attempt=2, known_steps=len(second.trace(assignment.trial_id)))
+    result = sweep.run(again, second, make_workspace(name) if name == "mixture" else None)
+    rows, kept = second.trace(assignment.trial_id), at if remembers else 0
+    assert [row["attempt"] for row in rows] == [1] * kept + [2] * (DUAL_STEPS - kept)
+    assert second.ledger.book(assignment.trial_id).superseded_rows == 0
+    notes = second.ledger.book(assignment.trial_id).notes
+    assert not notes if remembers else "knows 0 dual steps and none beyond; removed, and begun again" in notes[0]
     assert comparable(rows) == comparable(calm_dual.trace("calm"))
     assert weights_of(assignment) == weights_of(calm_assignment)
     assert {k: v for k, v in timeless(result).items() if k != "averaged_multipliers"} == {
         k: v for k, v in timeless(calm_result).items() if k != "averaged_multipliers"
     }
-    if remembers:
-        assert result["averaged_multipliers"] == calm_result["averaged_multipliers"]
+    assert result["averaged_multipliers"] == calm_result["averaged_multipliers"]
+
+
+def test_every_rank_goes_on_from_the_checkpoint_that_rank_0_chose(calm, monkeypatch):
+    """Rank 1 sees a newer one, which rank 0 did not."""
+    sweep, assignment, _, _ = calm("mixture")
+    restored, told = [], [(Path(assignment.trial_dir) / "checkpoints" / "step-000004", []), "a reply"]
+
+    class SecondOfTwo(Workspace):
+        rank, world_size = 1, 2
+
+    class Restoring:
+        def restore(self, folder, *, fingerprint):
+            restored.append(folder)
+
+    monkeypatch.setattr(loop, "broadcast_object_list", lambda answer, from_process: answer.__setitem__(0, told.pop(0)))
+    workspace = SecondOfTwo(sweep.workspace.config, SweepConfig.from_dict(MIXTURE).data)
+    trial = loop._Trial(workspace, replace(assignment, kind="unconstrained", attempt=2), LocalDual())
+    assert trial._begin(Restoring(), None) == "a reply"
+    assert [folder.name for folder in restored] == ["step-000004"]
 
 
 class Crashing(LocalDual):

@@ -1,6 +1,7 @@
 """A worker's round: lease, train, report the end, lease the next; a failed trial is recorded and the next one runs."""
 
 import json
+from dataclasses import replace
 
 from dualsweep.orchestration.config import SweepConfig
 from dualsweep.orchestration.local_dual import LocalDual
@@ -49,6 +50,20 @@ class Queue(LocalDual):
         if trial_id in self.directives:
             self.ledger.apply({"kind": "directive", "trial": trial_id, "directive": self.directives[trial_id]})
         return self.ledger.reply(trial_id)
+
+
+def test_data_that_this_machine_lacks_fail_the_trial_by_name_and_not_its_worker(tmp_path):
+    spec = replace(CONFIG.data, dataset="folder", path=str(tmp_path / "nowhere"))
+    given = {"label": "", "attempt": 1, "thresholds": {}, "fixed_weight": None}
+    folders = {"trial_dir": str(tmp_path / "trial"), "base_dir": str(tmp_path / "base")}
+    trials = [Assignment(trial_id=name, kind="base", **given, **folders) for name in ("first", "second")]
+    queue = Queue(trials, {})
+    serve(queue, "slot-0", CONFIG.to_dict(), spec, num_threads=1)
+    assert [(trial_id, status) for trial_id, _, status, _, _ in queue.ends] == [
+        ("first", "failed"),
+        ("second", "failed"),
+    ]
+    assert "nowhere" in queue.ends[0][4] and queue.leases[-1] == ("slot-0", "second")
 
 
 def leaf_types(value):
