@@ -2,41 +2,55 @@
 
 Sweeps of the real thing (Tune, DualServer with its journal, watcher, MLflow, report) on a cluster of several raylets on this
 machine; only the worker groups are stand-ins, a thread in Tune's actor that takes assignments, reports dual steps without
-training and ends the trial. The overhead of a trial is the time from handing over the first one to the end of the sweep, its
-report and deliveries included, over the number of trials. `growth_N_M` is the overhead a trial at N trials over that at M,
-on the same nodes; `growth_nodes_A_B` at A nodes over that at B, the same trials. Unique memory is that of the driver and of
-the DualServer at the end, MiB.
+training and ends the trial as completed, with constraints, certificate and samples to look at. T(N) is the time from handing
+over the first trial to the end of the sweep of N trials, its report and deliveries included.
 
-    python benchmarks/scale.py [--trials 50 1000] [--nodes 4] [--many-nodes 8] [--dual-steps 20]
+`marginal_N_M_L` is the cost of one more trial among many over that among few, (T(N) - T(M)) / (N - M) over
+(T(M) - T(L)) / (M - L), which costs of the whole sweep leave alone; `growth_N_M` is T(N) / N over T(M) / M, which they flatter;
+`growth_nodes_A_B` is T(M) at A nodes over that at B. Sizes but the largest are repeated, in turn, on one cluster, after a
+sweep that does not count; medians are taken and the spread is printed. Unique memory is that of the driver and of the
+DualServer at the end of the largest sweep, MiB; the driver's holds what the sweeps before it left.
+
+    python benchmarks/scale.py [--trials 10 50 1000] [--repeats 3] [--nodes 4] [--many-nodes 8] [--dual-steps 20]
+
+On two free cores a trial costs 0.2 to 0.4 s and a sweep some 5 s besides: 6 to 9 minutes as it stands, `--many-nodes 8` 2 to 3
+more. On a machine that others use too, shorten it: `--trials 10 50 300 --dual-steps 10`.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import ray
-from _harness import closing_line, own_folder
+from _harness import closing_line, own_folder, spread
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from dualsweep.constraints import Constraint, Problem
+from dualsweep.constraints import Constraint, DualState, Problem, certify
 from dualsweep.orchestration import trial as trial_module
 from dualsweep.orchestration.cluster import quiet_environment
 from dualsweep.orchestration.config import SweepConfig, load_config
 from dualsweep.orchestration.dual_server import find_dual_server
 from dualsweep.orchestration.journal import read_journal
 from dualsweep.orchestration.sweep import run_sweep
+from dualsweep.trainers.dual_client import Reply
 from dualsweep.trainers.workspace import write_json
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits_fairness.yaml"
 NAMES = ("digit_4", "digit_5", "digit_7")
 SLOTS = 4
+SAMPLES = np.random.default_rng(0).uniform(-1, 1, size=(40, 1, 8, 8)).astype(np.float32)
 
 
 class StandInGroup:
@@ -69,18 +83,40 @@ class StandInGroup:
                 counters = {"primal_step": 10 * step, "workers": 1, "wall_time": time.time()}
                 metrics = {"metrics": [2.3] * 3, "metric_stderrs": [0.1] * 3, "counts": [96] * 3}
                 reply = server.report(finished, attempt, step, {**numbers, **counters, **metrics})
-            # As a trial that a scheduler stopped: everything but an evaluation, which is the trial's own work.
-            kept = {key: given[key] for key in ("trial_id", "label", "kind", "thresholds", "fixed_weight")}
-            multipliers = dict(zip(NAMES, reply.multipliers, strict=True))
-            nothing = dict.fromkeys(
-                ("error", "reason", "exact_multipliers", "exact_objective", "objective", "certificate", "histogram", "calibration")
-            )  # fmt: skip
-            result = {
-                **kept, **nothing, "status": "stopped", "method": config.method, "unit": "share", "multipliers": multipliers,
-                "averaged_multipliers": multipliers, "relaxations": {}, "primal_steps": 10 * dual_steps, "dual_steps": dual_steps,
-                "wall_seconds": 0.1, "startup_seconds": 0.01, "constraints": [],
-            }  # fmt: skip
-            server.end(finished, attempt, "stopped", result=result)
+            Path(given["trial_dir"]).mkdir(parents=True, exist_ok=True)
+            np.save(Path(given["trial_dir"]) / "samples.npy", SAMPLES)
+            counters = {"primal_steps": 10 * dual_steps, "dual_steps": dual_steps}
+            server.end(finished, attempt, "completed", result=result_of(given, problem, reply) | counters)
+
+
+def result_of(given: dict[str, Any], problem: Problem, reply: Reply) -> dict[str, Any]:
+    """The result of a trial that was evaluated: each share a little above what was asked, a cost that rises with it."""
+    asked = np.array([given["thresholds"][name] for name in NAMES])
+    violation, stderr, count = np.full(3, -0.05), np.full(3, 0.02), 3000
+    state = DualState.from_dict(reply.dual_state)
+    objective = {"value": float(asked.sum()), "stderr": 0.01, "unit": "nats", "meaning": "stand-in"}
+    rows = [
+        {
+            "name": constraint.name, "unit": "share", "sense": constraint.sense, "metric": constraint.canonical_threshold - 0.05,
+            "metric_stderr": 0.02, "threshold": constraint.canonical_threshold, "user_threshold": constraint.threshold,
+            "user_value": constraint.to_user(constraint.canonical_threshold - 0.05), "user_stderr": 0.01, "violation": -0.05,
+            "stderr": 0.02, "count": count,
+        }
+        for constraint in problem.constraints
+    ]  # fmt: skip
+    histogram = {
+        "classes": [f"digit_{i}" for i in range(10)], "prior": [0.1] * 10, "counts": [count // 10] * 10, "total": count,
+        "classifier": "stand-in", "classifier_accuracy": 1.0, "classifier_accuracy_count": 1000,
+    }  # fmt: skip
+    kept = {key: given[key] for key in ("trial_id", "label", "kind", "thresholds", "fixed_weight", "start")}
+    nothing = dict.fromkeys(("error", "reason", "stopped_by", "exact_multipliers", "exact_objective", "calibration"))
+    multipliers = dict(zip(NAMES, reply.multipliers, strict=True))
+    return {
+        **kept, **nothing, "status": "completed", "method": problem.method, "unit": "share", "multipliers": multipliers,
+        "averaged_multipliers": multipliers, "relaxations": dict.fromkeys(NAMES, 0.0), "wall_seconds": 0.1,
+        "startup_seconds": 0.01, "objective": objective, "constraints": rows, "histogram": histogram,
+        "certificate": certify(problem, state, violation, stderr, count, 0.1).to_dict(),
+    }  # fmt: skip
 
 
 class StandInTrial(trial_module.SweepTrial):
@@ -146,15 +182,15 @@ def sweep(address: str, folder: Path, name: str, trials: int, dual_steps: int) -
         raise RuntimeError(f"{name}: {len(ended)} of {trials} trials left a result")
     handing = max(assigned) - min(assigned)
     return {
-        "a_trial_s": (end - min(assigned)) / trials,
+        "total_s": end - min(assigned),
         "handed_over_s": handing / max(1, trials - 1),
         "driver_mib": unique_mib(psutil.Process()),
         "server_mib": memory.largest,
     }
 
 
-def play(nodes: str, trials: str, dual_steps: str, folder: str) -> None:
-    """One sweep on a cluster of its own, in a process of its own; prints what it found."""
+def play(nodes: str, dual_steps: str, folder: str, *trials: str) -> None:
+    """Sweeps of so many trials each, one after the other, on a cluster and in a process of their own; a line of JSON each."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     quiet_environment()
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": None}
@@ -164,49 +200,68 @@ def play(nodes: str, trials: str, dual_steps: str, folder: str) -> None:
             cluster.add_node(num_cpus=max(1, SLOTS // int(nodes)))
         cluster.wait_for_nodes()
         trial_module.SweepTrial = StandInTrial
-        found = sweep(cluster.address, Path(folder), f"n{nodes}-t{trials}", int(trials), int(dual_steps))
+        for number, count in enumerate(trials):
+            name = f"n{nodes}-t{count}-{number}"
+            print(json.dumps(sweep(cluster.address, Path(folder), name, int(count), int(dual_steps))), flush=True)
     finally:
         ray.shutdown()
         cluster.shutdown()
-    print(json.dumps(found))
 
 
-def timed(nodes: int, trials: int, dual_steps: int, folder: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--play", str(nodes), str(trials), str(dual_steps), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    print(
-        f"{nodes} nodes, {trials:5} trials: {1e3 * found['a_trial_s']:7.1f} ms a trial to the end, {1e3 * found['handed_over_s']:7.1f} ms "
-        f"between handing over; driver {found['driver_mib']:.0f} MiB, DualServer {found['server_mib']:.0f} MiB",
-        flush=True,
-    )
+def timed(nodes: int, trials: list[int], dual_steps: int, folder: Path) -> dict[int, list[dict[str, float]]]:
+    """By number of trials what its sweeps found, without the first sweep of all, which warms the cluster."""
+    command = [sys.executable, __file__, "--play", *map(str, (nodes, dual_steps, folder, trials[0], *trials))]
+    found: dict[int, list[dict[str, float]]] = defaultdict(list)
+    with open(folder / f"nodes-{nodes}.log", "w+", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        lines = (line for line in process.stdout if line.startswith('{"total_s"'))
+        next(lines, None)
+        for count, line in zip(trials, lines, strict=False):
+            one = json.loads(line)
+            found[count].append(one)
+            print(
+                f"{nodes} nodes, {count:5} trials: {one['total_s']:7.1f} s, {1e3 * one['total_s'] / count:7.1f} ms a trial; "
+                f"{1e3 * one['handed_over_s']:7.1f} ms between handing over; driver {one['driver_mib']:.0f} MiB, "
+                f"DualServer {one['server_mib']:.0f} MiB",
+                flush=True,
+            )
+        if process.wait():
+            log.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed:\n{log.read()[-3000:]}")
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--trials", type=int, nargs="+", default=[50, 200, 1000], help="rising; growth is over the first"
-    )
+    parser.add_argument("--trials", type=int, nargs="+", default=[10, 50, 1000], help="rising, at least two")
+    parser.add_argument("--repeats", type=int, default=3, help="of every size but the largest")
     parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--many-nodes", type=int, default=8, help="the smallest sweep again on so many; 0: not")
+    parser.add_argument("--many-nodes", type=int, default=0, help="the last size but one again on so many; 0: not")
     parser.add_argument("--dual-steps", type=int, default=20, help="of each trial")
     options = parser.parse_args()
     figures: dict[str, float] = {}
+    *small, largest = options.trials
     with own_folder() as folder:
-        first = options.trials[0]
-        found = {trials: timed(options.nodes, trials, options.dual_steps, folder) for trials in options.trials}
-        for trials in options.trials[1:]:
-            figures[f"growth_{trials}_{first}"] = found[trials]["a_trial_s"] / found[first]["a_trial_s"]
-        if options.many_nodes:
-            many = timed(options.many_nodes, first, options.dual_steps, folder)
-            figures[f"growth_nodes_{options.many_nodes}_{options.nodes}"] = (
-                many["a_trial_s"] / found[first]["a_trial_s"]
+        found = timed(options.nodes, [*small * options.repeats, largest], options.dual_steps, folder)
+        totals = {count: statistics.median(one["total_s"] for one in found[count]) for count in options.trials}
+        for count in small:
+            print(f"{count} trials: {spread([one['total_s'] for one in found[count]], 's', 2)}", flush=True)
+        for few, count in pairwise(options.trials):
+            figures[f"growth_{count}_{few}"] = (totals[count] / count) / (totals[few] / few)
+        for few, some, many in zip(options.trials, options.trials[1:], options.trials[2:], strict=False):
+            early = (totals[some] - totals[few]) / (some - few)
+            late = (totals[many] - totals[some]) / (many - some)
+            print(
+                f"one more trial: {1e3 * early:.1f} ms from {few} to {some}, {1e3 * late:.1f} ms from {some} to {many}"
             )
-    last = found[options.trials[-1]]
-    figures |= {f"{key}_{options.trials[-1]}": last[key] for key in ("a_trial_s", "driver_mib", "server_mib")}
+            figures[f"marginal_{many}_{some}_{few}"] = late / early
+            figures[f"marginal_s_{many}"] = late
+        if options.many_nodes:
+            many = timed(options.many_nodes, [small[-1]] * options.repeats, options.dual_steps, folder)[small[-1]]
+            ratio = statistics.median(one["total_s"] for one in many) / totals[small[-1]]
+            figures[f"growth_nodes_{options.many_nodes}_{options.nodes}"] = ratio
+    figures[f"a_trial_s_{largest}"] = totals[largest] / largest
+    figures |= {f"{key}_{largest}": found[largest][0][key] for key in ("driver_mib", "server_mib")}
     closing_line("scale", figures)
 
 
