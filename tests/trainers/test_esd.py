@@ -160,20 +160,44 @@ def test_inputs_are_noised_samples_of_the_base_or_states_of_the_model_itself(esd
 
 
 def test_metrics_are_mean_ratios_of_the_models_samples(esd):
-    """p = N(m, s^2 I): E_p[q^i/q] = exp(m_i . m / s^2) and E_p[log q^i/q] = (m_i . m - |m_i|^2 / 2) / s^2."""
+    """p = N(m, s^2 I): E_p[q^i/q] = exp(m_i . m / s^2)."""
     mean = np.array([-0.4, 0.2])
-    inner = MEANS[1:] @ mean / STD**2
+    expected = np.exp(MEANS[1:] @ mean / STD**2)
     draws = {"counter": 1, "shards": [0], "counts": {0: 4000}, "num_sampling_steps": 100}
-    for unit, expected in (
-        ("likelihood_ratio", np.exp(inner)),
-        ("nats", inner - np.square(MEANS[1:]).sum(1) / 2 / STD**2),
-    ):
-        method = esd(unit=unit)
-        rows = method.measure(Gaussians([mean]), ETA, **draws).rows
-        found = method.measurement(rows, ETA.numpy())
-        for metric, stderr, value in zip(found.metrics, found.stderrs, expected, strict=True):
-            # 0.02: DDIM of 100 steps and a flow of 32
-            assert abs(metric - value) < 4 * stderr + 0.02 * max(1.0, abs(value)) and stderr < 0.05
+    method = esd(options={"pool": 2000})
+    found = method.measurement(method.measure(Gaussians([mean]), ETA, **draws).rows, ETA.numpy())
+    for metric, stderr, value in zip(found.metrics, found.stderrs, expected, strict=True):
+        # 0.02: DDIM of 100 steps and a flow of 32
+        assert abs(metric - value) < 4 * stderr + 0.02 * max(1.0, abs(value)) and stderr < 0.1
+
+
+def test_an_untouched_model_has_a_ratio_of_1_and_a_changed_one_its_multiple(esd):
+    """The conditional model misses the density of set a by a fifth: ratios are relative to the pretrained model's own mean."""
+
+    class Off(Gaussians):
+        def forward(self, x_t, timestep, condition=None):
+            found = super().forward(x_t, timestep, condition)
+            return found if condition is None else found * torch.where(condition == 1, 0.9, 1.0)[:, None]
+
+    base = Off(MEANS)
+    method = esd(base=base, options={"pool": 2000})
+    draws = {"counter": 1, "shards": [0], "counts": {0: 2000}, "num_sampling_steps": 50}
+    rows = method.measure(base, ETA, **draws).rows
+    found = method.measurement(rows, ETA.numpy())
+    raw = rows[:, :2].mean(0) * method._scale(50)[0]
+    assert abs(raw[0] - 1) > 0.15  # control: the model's own ratios do not have mean 1
+    for column, (metric, stderr) in enumerate(zip(found.metrics, found.stderrs, strict=True)):
+        assert abs(metric - 1) < 4 * stderr < 0.4
+        # two samples of one size: the error of the scale counts as much as that of the draws
+        assert stderr == pytest.approx(2**0.5 * rows[:, column].std(ddof=1) / 2000**0.5, rel=0.15)
+
+
+def test_autocast_does_not_round_the_target(esd):
+    method, denoiser = esd(), Gaussians([[0.4, 0.1]])
+    batch = batch_of(method)
+    exact = method.primal_loss(denoiser, batch, ETA).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(method.primal_loss(denoiser, batch, ETA).loss, exact, rtol=1e-6, atol=0)
 
 
 def test_the_objective_is_the_divergence_from_the_base(esd):
@@ -206,6 +230,7 @@ def test_a_base_that_does_not_know_the_sets_is_refused(esd):
         (["dual.rule=ascent", "dual.step_size=0.1"], "dual.rule='ascent'.*baselines.fixed_weights"),
         (["formulation.inputs=noise"], "formulation.inputs='noise'"),
         (["thresholds.unit=share"], "thresholds.unit='share'"),
+        (["thresholds.unit=nats"], "thresholds.unit='nats': method esd takes likelihood_ratio"),
     ],
 )
 def test_a_configuration_it_cannot_use_is_refused_with_a_remedy(tmp_path, overrides, message):

@@ -29,6 +29,7 @@ Source: Gandikota et al., Erasing Concepts from Diffusion Models, ICCV 2023; met
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,17 +43,19 @@ from dualsweep.trainers.methods.base import Batch, Method, Objective, PrimalTerm
 from dualsweep.trainers.methods.denoising import mean_squares
 from dualsweep.trainers.metrics import Draws, Measurement, mean_measurement
 from dualsweep.trainers.oracles import Oracle, log_likelihood_constrained
-from dualsweep.trainers.ratios import log_density_ratio, ratio_draws
+from dualsweep.trainers.ratios import likelihood_ratios, log_density_ratio, ratio_draws
 from dualsweep.trainers.samplers import starting_noise
 
 POOL_COUNTER = EVALUATION_COUNTER + 2  # the starts of the pool
 OBJECTIVE_COUNTER = EVALUATION_COUNTER + 3
 OBJECTIVE_SAMPLES = 2048
+SCALE_COUNTER = EVALUATION_COUNTER + 4
+SCALE_SAMPLES = 2048  # of the pretrained model, whose mean ratio is 1 by definition
 
 
 class ESD(Method):
     name = "esd"
-    units = ("likelihood_ratio", "nats")
+    units = ("likelihood_ratio",)  # E_p[log q^i/q] starts below 0, where no threshold in nats may lie
     defaults: ClassVar[Mapping[str, Any]] = {"inputs": "samples", "pool": 8192, "num_sampling_steps": 20, "levels": 32}
     conditional = True
     objective_name = "squared distance of the noise prediction from the pretrained model's"
@@ -130,7 +133,9 @@ class ESD(Method):
         x_t, timestep = self._inputs(denoiser, batch)
         of_q, directions = self._answers(x_t, timestep)
         prediction = denoiser(x_t, timestep).float()
-        losses = mean_squares(prediction, of_q - torch.einsum("i,i...->...", multipliers, directions))
+        with torch.autocast(x_t.device.type, enabled=False):  # it would round the target to half precision
+            target = of_q - torch.einsum("i,i...->...", multipliers, directions)
+        losses = mean_squares(prediction, target)
         weight = 1.0 / batch.global_counts[0]
         if setting.optimizer.get("normalize", True):
             weight = weight / (1.0 + multipliers.sum())
@@ -172,11 +177,14 @@ class ESD(Method):
         num_sampling_steps: int,
         labeller: Labeller | None = None,
     ) -> Draws | None:
-        """q^i/q of the model's own samples by the pretrained model, or its logarithm in the unit nats."""
+        """q^i/q of the model's own samples by the pretrained model, over the mean on its own; then that mean's relative error.
+
+        A column a set each, first the ratios. An untouched model reads 1, whatever the conditional model misses.
+        """
         setting = self.setting
         if not setting.names:
             return None
-        return ratio_draws(
+        draws = ratio_draws(
             self.sample,
             denoiser,
             multipliers,
@@ -190,11 +198,41 @@ class ESD(Method):
             counts=counts,
             shape=setting.data.sample_shape,
             num_sampling_steps=num_sampling_steps,
-            log=setting.unit == "nats",
         )
+        means, errors = self._scale(num_sampling_steps)
+        return replace(draws, rows=np.hstack([draws.rows / means, np.broadcast_to(errors, draws.rows.shape)]))
+
+    def _scale(self, num_sampling_steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean ratios on the pretrained model's own samples and their relative standard errors, (num_constraints,) each.
+
+        Raises: ValueError where no sample of the pretrained model is anywhere near a set.
+        """
+        setting, key = self.setting, ("esd scale", self.setting.names, num_sampling_steps)
+        if key not in setting.cache:
+            count = min(SCALE_SAMPLES, setting.options["pool"])
+            ratios = likelihood_ratios(
+                setting.base,
+                self._drawn(setting.base, SCALE_COUNTER, count, num_sampling_steps),
+                setting.schedule,
+                conditions=self.conditions,
+                levels=setting.options["levels"],
+                seed=setting.seed,
+            )
+            found = mean_measurement(ratios.cpu().numpy())
+            for name, mean in zip(setting.names, found.metrics, strict=True):
+                if not mean > 0:
+                    raise ValueError(
+                        f"data.sets.{name}: its likelihood ratio is 0 on all {count} samples of the pretrained model, which "
+                        "leaves nothing to erase; remove the set, or raise formulation.pool"
+                    )
+            setting.cache[key] = (np.array(found.metrics), np.array(found.stderrs) / found.metrics)
+        return setting.cache[key]
 
     def measurement(self, rows: np.ndarray, multipliers: np.ndarray) -> Measurement:
-        return mean_measurement(rows)
+        """Mean ratios; what is not known of the pretrained model's own is part of their standard errors."""
+        ratios, errors = np.split(rows, 2, axis=1)
+        found = mean_measurement(ratios)
+        return replace(found, stderrs=np.hypot(found.stderrs, np.array(found.metrics) * errors.mean(axis=0)).tolist())
 
     def objective(
         self, denoiser: torch.nn.Module, multipliers: torch.Tensor, *, evaluation: Mapping[str, Any], base_errors
