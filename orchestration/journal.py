@@ -8,6 +8,7 @@ Opening begins a new epoch whose object 0 holds all records so far. A replay rea
 writer (an actor thought dead on a node that lost its network) still writes counts for nothing.
 """
 
+import contextlib
 import fcntl
 import io
 import json
@@ -50,19 +51,30 @@ class Journal:
             self._file.seek(whole)
             os.fsync(self._file.fileno())
         _sync_folder(path.parent)
+        self._durable = whole  # where the last append that succeeded ended
+        self._torn = False  # what a failed one wrote behind it could not be cut off yet
 
     def append(self, records: Iterable[dict[str, Any] | bytes]) -> None:
         """Write records (plain or encoded) and wait until the disk has them: one write and one fsync for all."""
         lines = (record if isinstance(record, bytes) else encode_record(record) for record in records)
         left = memoryview(b"".join(lines))
-        start = os.fstat(self._file.fileno()).st_size
         try:
+            self._cut()
+            self._durable, self._torn = os.fstat(self._file.fileno()).st_size, True
             while left:  # a raw write may do only a part, without an error
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            self._file.truncate(start)  # a torn record with others behind it would make the journal unreadable
+            with contextlib.suppress(OSError):  # then the next append tries it again
+                self._cut()
             raise local_trouble(self.path, error) from error
+        self._torn = False
+
+    def _cut(self) -> None:
+        """Remove what a failed append left: a torn record with others behind it would make the journal unreadable."""
+        if self._torn:
+            self._file.truncate(self._durable)
+            self._torn = False
 
     def close(self) -> None:
         self._file.close()
@@ -86,7 +98,8 @@ class RemoteJournal:
         content = b"".join(record if isinstance(record, bytes) else encode_record(record) for record in records)
         if self._number >= EPOCH_OBJECTS:
             newest = self._store.folders(self._folder)[-1:]
-            if newest != [self._epoch.name]:
+            # Ours also after an outage in the middle of a change: it may have arrived, or have left a folder.
+            if not newest or not newest[0].endswith(f"-{self._writer}"):
                 raise JournalError(
                     f"{self._store.address(self._folder)}: another DualServer goes on writing it ({newest})"
                 )
@@ -99,10 +112,10 @@ class RemoteJournal:
         """A replay reads at most `EPOCH_OBJECTS` objects; the epochs before are removed."""
         before = self._store.folders(self._folder)
         newest = int(before[-1].partition("-")[0]) if before else 0
-        self._epoch = self._folder / f"{newest + 1:06d}-{self._writer}"
+        epoch = self._folder / f"{newest + 1:06d}-{self._writer}"
         self._history = [b"".join(self._history)]
-        self._store.write(self._epoch / _object_name(0), self._history[0])
-        self._number = 1
+        self._store.write(epoch / _object_name(0), self._history[0])
+        self._epoch, self._number = epoch, 1
         for name in before:
             self._store.remove(self._folder / name)
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 LINGER_SECONDS = 1.0  # rows wait this long for company: a metric in a full batch costs 1/30 of a single one
@@ -68,6 +68,7 @@ class Outbox:
         self._changed = threading.Condition()  # guards what follows
         self._queue: deque[Item] = deque()
         self._lost: list[Undelivered] = []
+        self._gaps: dict[str | None, str] = {}  # trials of which rows were lost -> why: curves only grow at their end
         self._collecting: dict[str | None, Item] = {}  # queued rows that later rows of the trial may join
         self._flushing, self._closing = 0, False
         self._failing = False  # nothing was delivered since the last failure
@@ -80,8 +81,10 @@ class Outbox:
             waiting = self._collecting.get(item.trial_id) if item.what == "rows" else None
             if self._closing:
                 item.error = "the tracker is closed"
+            elif item.what == "rows" and item.trial_id in self._gaps:
+                item.error = self._gaps[item.trial_id]
             if item.error:
-                self._lost.append(item.undelivered())
+                self._lose(item)
             elif waiting is not None:
                 waiting.rows.extend(item.rows)
             else:
@@ -177,8 +180,25 @@ class Outbox:
         with self._changed:
             self._queue.remove(item)
             if lost:
-                self._lost.append(item.undelivered())
+                self._lose(item)
             self._changed.notify_all()
+
+    def _lose(self, item: Item) -> None:
+        """Give an item up. After lost rows the later ones of their trial are not sent either: `dualsweep sync` goes on
+        behind the newest step of a curve, so it can deliver all of them but could not fill a gap."""
+        lost = item.undelivered()
+        if item.what == "rows":
+            self._gaps[item.trial_id] = item.error
+            self._collecting.pop(item.trial_id, None)
+            waiting = [one for one in self._queue if (one.what, one.trial_id) == ("rows", item.trial_id)]
+            before = [one for one in self._lost if (one.what, one.trial_id) == ("rows", item.trial_id)]
+            for one in waiting:
+                self._queue.remove(one)
+            for one in before:
+                self._lost.remove(one)
+            count = len(item.rows) + sum(len(one.rows) for one in waiting) + sum(one.count for one in before)
+            lost = replace(lost, count=count)
+        self._lost.append(lost)
 
     def _set_aside(self, item: Item) -> None:
         """To the end of the queue. A trial's rows stay in their order: later ones join these."""

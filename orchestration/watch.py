@@ -99,14 +99,19 @@ class Watcher:
         self._thread.join(60)
 
     def _run(self) -> None:
+        while not self._stopping.wait(INTERVAL_S):
+            if self._interrupting.is_set():  # also when looking fails: Ctrl-C comes through here alone
+                self._try(lambda: self.server.call("interrupt"))
+            self._try(self.look)
+        self.error = self._try(self.look)
+
+    def _try(self, call: Callable[[], Any]) -> BaseException | None:
+        """A call that may fail this time: the next turn does all of it again, and only the last one's error counts."""
         try:
-            while not self._stopping.wait(INTERVAL_S):
-                if self._interrupting.is_set():
-                    self.server.call("interrupt")
-                self.look()
-            self.look()
+            call()
         except BaseException as error:  # noqa: BLE001  (shown by the driver, which would otherwise wait in silence)
-            self.error = error
+            return error
+        return None
 
     def look(self) -> None:
         """One poll."""
@@ -122,7 +127,15 @@ class Watcher:
                 seen["error"],
             )
             view.names, view.started, view.notes = seen["names"], seen["started"], seen["notes"]
-            self._track(trial_id, view, seen)
+            label = view.point["label"]
+            try:
+                self._track(trial_id, view, seen)
+            except StorageError as error:  # no room, or an address that is away: tried again at the next look
+                self.unkept[label] = str(error)
+            except Exception as error:  # noqa: BLE001  (of one trial; the others go on, and the sweep's end names it)
+                self.unkept[label] = f"{type(error).__name__}: {error}"
+            else:
+                self.unkept.pop(label, None)
         self.after_look()
 
     def _searched(self, trial_id: str, seen: dict[str, Any]) -> TrialView | None:
@@ -144,19 +157,16 @@ class Watcher:
             rows += seen["new_rows"]
             self.tracker.log_rows(trial_id, seen["new_rows"])
         if view.over:
-            try:
-                view.result = self._keep(view, seen, rows)
-            except StorageError as error:  # no room, or an address that is away: tried again at the next look
-                self.unkept[view.point["label"]] = str(error)
-                return
-            self._ended.append(trial_id)
-            del self._rows[trial_id]  # they are in the trace file, and the tracker has its own
-            self.unkept.pop(view.point["label"], None)
+            if len(seen["new_rows"]) < seen["dual_step"]:  # a rewind may have made again what is collected here
+                rows = self.server.call("trace", trial_id)
+            view.result = self._keep(view, seen, rows)
             if self.calibration is None and view.result.get("calibration"):
                 self.calibration = view.result["calibration"]
                 self.tracker.log_calibration(self.calibration)
             view.point["label"] = view.result["label"]
             self.tracker.finish_trial(trial_id, view.result, trial_folder(self.plan.folder, view.point))
+            self._ended.append(trial_id)
+            del self._rows[trial_id]  # they are in the trace file, and the tracker has its own
 
     def _keep(self, view: TrialView, seen: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Write the outcome beside what the workers left, which may have been on another node. Raises: StorageError."""

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualsweep.orchestration.journal import Journal, JournalError, read_journal
+from dualsweep.orchestration import journal as journal_module
+from dualsweep.orchestration.journal import Journal, JournalError, RemoteJournal, read_journal
+from dualsweep.trainers.store import StorageError
 
 RECORDS = [
     {"kind": "begin", "trial": "a", "attempt": 1},
@@ -191,3 +193,78 @@ def test_a_write_in_pieces_is_finished(tmp_path):
     real.close()
     assert read_journal(tmp_path / "journal.jsonl") == RECORDS
     assert os.listdir(tmp_path) == ["journal.jsonl"]
+
+
+def test_what_a_failed_append_leaves_is_cut_off_when_that_works_again(tmp_path):
+    """A disk that fails a write may fail the truncation, too."""
+    path = tmp_path / "journal.jsonl"
+    written(path)
+    journal = Journal(path)
+    real = journal._file
+
+    class Broken:
+        def write(self, data):
+            real.write(bytes(data)[:7])
+            raise OSError(5, "Input/output error")
+
+        def truncate(self, size):
+            raise OSError(5, "Input/output error")
+
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+    journal._file = Broken()
+    for _ in range(2):
+        with pytest.raises(StorageError, match="Input/output error"):
+            journal.append([{"more": 1}])
+    journal._file = real
+    journal.append([{"more": 2}])
+    journal.close()
+    assert read_journal(path) == [*RECORDS, {"more": 2}]
+
+
+class Memory:
+    """A remote store's part in a journal; `away` fails every write, after it arrived if `late`."""
+
+    def __init__(self) -> None:
+        self.objects, self.away, self.late = {}, False, False
+
+    def address(self, path):
+        return str(path)
+
+    def write(self, path, content):
+        if not self.away or self.late:
+            self.objects[path] = content
+        if self.away:
+            raise StorageError("storage: away")
+
+    def read(self, path):
+        return self.objects.get(path)
+
+    def folders(self, place):
+        return sorted({path.parent.name for path in self.objects if path.parent.parent == place})
+
+    def files(self, place):
+        return sorted(path.name for path in self.objects if path.parent == place)
+
+    def remove(self, place):
+        self.objects = {path: content for path, content in self.objects.items() if path.parent != place}
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_outage_while_a_remote_journal_begins_an_epoch_is_over_when_it_is_over(late, tmp_path, monkeypatch):
+    monkeypatch.setattr(journal_module, "EPOCH_OBJECTS", 3)
+    store = Memory()
+    journal = RemoteJournal(store, tmp_path)
+    journal.append(RECORDS[:1])
+    journal.append(RECORDS[1:2])
+    store.away, store.late = True, late
+    for _ in range(2):
+        with pytest.raises(StorageError, match="away"):
+            journal.append(RECORDS[2:])
+    store.away = False
+    journal.append(RECORDS[2:])
+    assert RemoteJournal(store, tmp_path).records == RECORDS
+    with pytest.raises(JournalError, match="another DualServer goes on writing it"):
+        for _ in range(3):
+            journal.append(RECORDS)
