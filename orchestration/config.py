@@ -420,11 +420,28 @@ class SweepConfig(_Section):
                 f"dual.primal_steps_per_dual_step={self.dual.primal_steps_per_dual_step} is larger than "
                 f"primal.steps={self.primal.steps}: no dual step would ever happen"
             )
+        if any(self.early_ends) and not (self.stopping.tolerance or self.evaluation.tolerance):
+            raise ValueError(
+                f"evaluation.tolerance={self.evaluation.tolerance:g} leaves no room to end trials early (sweep.order="
+                f"{self.sweep.order}, stopping): give stopping.tolerance > 0"
+            )
         if self.model.kind == "unet" and self.data.dataset == "gaussian_mixture":
             raise ValueError("model.kind=unet needs images: use model.kind=mlp with data.dataset=gaussian_mixture")
         if self.model.kind == "mlp" and self.data.dataset != "gaussian_mixture":
             raise ValueError("model.kind=mlp is for vectors: use model.kind=unet for images")
         return self
+
+    @property
+    def early_ends(self) -> tuple[bool, bool]:
+        """Whether constrained trials end at a certificate, and at thresholds out of reach (nulls resolved)."""
+        certificate = self.stopping.certificate
+        certificate = self.sweep.order != "listed" if certificate is None else certificate
+        return certificate, certificate if self.stopping.infeasible is None else self.stopping.infeasible
+
+    @property
+    def dual_steps(self) -> int:
+        """Of a trial that is not ended early."""
+        return self.primal.steps // self.dual.primal_steps_per_dual_step
 
     @property
     def experiment(self) -> str:

@@ -235,23 +235,30 @@ class DualServer:
         ended = [trial for trial in trial_ids if self.ledger.book(trial).status in FINAL]
         await self._perform([{"kind": "reopen", "trial": trial} for trial in ended])
 
-    async def progress(self, trial_id: str, seen: int, every: int, timeout_s: float) -> dict[str, Any]:
+    async def progress(
+        self, trial_id: str, seen: int, every: int, timeout_s: float, last: int | None = None
+    ) -> dict[str, Any]:
         """Wait until `every` more dual steps than `seen` are there, or the trial has ended, or the time is over.
 
-        Answers depend on whole multiples of `every`, so a scheduler sees the same milestones however fast it polls.
+        Answers depend on whole multiples of `every`, so a scheduler sees the same milestones however fast it polls. That of
+        the dual step `last` waits for the end: a trial that is being evaluated has no steps left for a scheduler to save.
         """
         deadline = time.monotonic() + timeout_s
         book = self.ledger.book(trial_id)
-        while len(book.rows) < seen + every and not self._over(book):
+
+        def reached() -> bool:
+            return len(book.rows) >= seen + every and seen + every != last
+
+        while not reached() and not self._over(book):
             left = deadline - time.monotonic()
             if left <= 0:
                 break
             await self._wait(trial_id, timeout_s=left)
-        reached = min(len(book.rows), seen + every)
+        step = min(len(book.rows), seen + every)
         ended = self._over(book) and len(book.rows) <= seen + every
         status = "running" if not ended else book.status if book.status in FINAL else "interrupted"
-        row = book.rows[reached - 1] if reached else None
-        return {"status": status, "reached": reached, "row": row, "result": book.result if ended else None}
+        row = book.rows[step - 1] if step else None
+        return {"status": status, "reached": step, "row": row, "result": book.result if ended else None}
 
     def _over(self, book: TrialBook) -> bool:
         """Ended, put aside, or never to be started because the sweep is being interrupted."""

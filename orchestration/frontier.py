@@ -1,8 +1,9 @@
 """Frontiers whose points are solved one from the other: which point comes next, and what it starts from. No Ray here.
 
-What a point starts from depends on the plan and on which points failed, never on which one happened to be ready first, so
-that a sweep with several slots, without Ray, or resumed comes out the same. Once handed out it is part of the assignment,
-which the journal keeps.
+What a point of a path starts from depends on the plan and on which points failed, never on which one happened to be ready
+first, so that a sweep with several slots, without Ray, or resumed comes out the same. Adaptive points are placed by what is
+solved when a slot is free: with several slots, which ones there are depends on timing too. Once handed out, a point and its
+start are part of the assignment, which the journal keeps, so that a resume has them again.
 """
 
 import json
@@ -338,13 +339,57 @@ def place_next(taken: Sequence[float], slopes: Mapping[float, float], count: int
     return float(np.interp(ends[longest] + stretches[longest] * (parts // 2) / parts, length, grid))
 
 
+def check_order(config: SweepConfig) -> None:
+    """Settings that another order or a shorter run would leave without effect. Raises: ConfigError naming the field."""
+    sweep, stopping, dual_steps = config.sweep, config.stopping, config.dual_steps
+    if sweep.chains != "auto" and sweep.order != "path":
+        raise ConfigError(f"sweep.chains={sweep.chains} with order={sweep.order}: remove it, or take order path")
+    if sweep.warm_lr is not None and sweep.order == "listed":
+        raise ConfigError(
+            f"sweep.warm_lr={sweep.warm_lr:g} with order=listed: no point starts from a neighbour; remove it, or take "
+            "order path or adaptive"
+        )
+    lengths = {"window": (config.early_ends[0], "certificate"), "patience": (config.early_ends[1], "infeasible")}
+    for name, (used, end) in lengths.items():
+        if used and getattr(stopping, name) > dual_steps:
+            raise ConfigError(
+                f"stopping.{name}={getattr(stopping, name)}: a trial has {dual_steps} dual steps (primal.steps="
+                f"{config.primal.steps} over dual.primal_steps_per_dual_step={config.dual.primal_steps_per_dual_step}), "
+                f"so that it would never act; give at most {dual_steps}, more primal.steps, or stopping.{end}: false"
+            )
+
+
+def _check_neighbours(config: SweepConfig) -> None:
+    """What every order needs whose points start from one another. Raises: ConfigError naming the field."""
+    order, scheduler = config.sweep.order, config.scheduler
+    if config.dual.rule == "fixed":
+        raise ConfigError(
+            f"dual.rule='fixed' with sweep.order={order!r}: a point takes its neighbour's multipliers, so that the fixed "
+            "ones would change; take a rule that moves them, or order listed"
+        )
+    if scheduler.kind == "fifo":
+        return
+    if scheduler.metric == "lagrangian":
+        raise ConfigError(
+            f"scheduler.metric='lagrangian' with sweep.order={order!r}: Lagrangians at different thresholds and starts do "
+            "not compare; give kkt_residual, or take kind fifo"
+        )
+    if config.early_ends[0] and scheduler.grace_dual_steps < config.stopping.window:
+        raise ConfigError(
+            f"scheduler.grace_dual_steps={scheduler.grace_dual_steps} with sweep.order={order!r}: a point may be stopped "
+            f"before its certificate can be tight; give at least stopping.window={config.stopping.window}"
+        )
+
+
 def check_adaptive(config: SweepConfig, names: tuple[str, ...]) -> None:
     """Raises: ConfigError when there is no axis to go along."""
+    _check_neighbours(config)
     AdaptivePlan(config, names)
 
 
 def check_path(config: SweepConfig, points: Sequence[Point]) -> None:
     """Raises: ConfigError when these points make no path."""
+    _check_neighbours(config)
     if config.thresholds.search is not None:
         raise ConfigError(
             "sweep.order='path': thresholds.search proposes its points one by one; list them (grid, list, random), or "

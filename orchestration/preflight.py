@@ -7,7 +7,7 @@ from typing import Any
 from dualsweep.datasets import DatasetSummary, validate_spec
 from dualsweep.orchestration.cluster import check_fits_locally
 from dualsweep.orchestration.config import ConfigError, SweepConfig, sweep_points
-from dualsweep.orchestration.frontier import check_adaptive, check_path
+from dualsweep.orchestration.frontier import check_adaptive, check_order, check_path
 from dualsweep.orchestration.journal import read_journal
 from dualsweep.orchestration.points import search_settings
 from dualsweep.orchestration.storage import bring, check_storage, impatient, open_store
@@ -51,6 +51,8 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
         if config.thresholds.search is not None:
             search_settings(config)
         points = sweep_points(config, names)
+        if not resume:  # sweeps begun before these were refused go on
+            check_order(config)
         if config.sweep.order == "path":
             check_path(config, points)
         if config.sweep.order == "adaptive":

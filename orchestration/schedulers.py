@@ -51,8 +51,7 @@ def trial_scheduler(config: SweepConfig, dual_steps: int) -> TrialScheduler:
     settings = config.scheduler
     if settings.kind == "fifo":
         return FIFOScheduler()
-    # With a search algorithm, metric and mode are Tune's own and reach the scheduler through set_search_properties.
-    metric = {} if config.thresholds.search else {"metric": settings.metric, "mode": "min"}
+    metric = {"metric": settings.metric, "mode": "min"}  # its own: a search algorithm may go by another
     if settings.kind == "asha":
         inner: TrialScheduler = ASHAScheduler(
             time_attr="dual_step",

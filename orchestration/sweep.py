@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from dualsweep.orchestration.dual_ledger import FINAL
 from dualsweep.orchestration.dual_server import BASE_TRIAL, NAMESPACE, RayDual, server_name, start_dual_server
 from dualsweep.orchestration.interrupts import hangup_as_interrupt, hangup_held_back, interruptible
 from dualsweep.orchestration.live import Progress
-from dualsweep.orchestration.points import Halt, build_frontier, build_search, search_settings
+from dualsweep.orchestration.points import Halt, build_frontier, build_search
 from dualsweep.orchestration.preflight import Plan, preflight
 from dualsweep.orchestration.report import frontier_table, write_report
 from dualsweep.orchestration.schedulers import trial_scheduler
@@ -123,13 +123,14 @@ def _run(plan: Plan, slots: int, console: Console) -> Outcome:
     todo = [point for point in plan.points if point["trial_id"] not in finished]
     base = _base_point(plan)
     shown = plan if base is None else replace(plan, points=[base, *plan.points])
-    server.call("reopen", [point["trial_id"] for point in ([base] if base else []) + todo])
+    assignments = server.call("assignments")
+    again = [point["trial_id"] for point in ([base] if base else []) + todo]
+    server.call("reopen", again + placed_again(config, assignments, finished))
     watcher = Watcher(shown, server, tracker, slots=slots)
     watcher.start()
     failed_fit: str | None = None
     halt = Halt()
     results = {trial_id: seen["result"] for trial_id, seen in finished.items()}
-    assignments = server.call("assignments")
     try:
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
         ask = partial(_ask_to_halt, halt, watcher, console)
@@ -178,7 +179,7 @@ def _fit(
     from dualsweep.orchestration.trial import SweepTrial
 
     config = plan.config
-    dual_steps = config.primal.steps // config.dual.primal_steps_per_dual_step
+    dual_steps = config.dual_steps
     shared = {
         "sweep": config.to_dict(),
         "folder": str(plan.folder),
@@ -205,8 +206,7 @@ def _fit(
             max_concurrent_trials=slots,
             reuse_actors=True,
             scheduler=trial_scheduler(config, dual_steps),
-            metric=search_settings(config)["metric"] if config.thresholds.search else None,
-            mode=search_settings(config)["mode"] if config.thresholds.search else None,
+            # metric and mode stay None: the searcher and the scheduler have one each, and may differ.
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -221,9 +221,22 @@ def _fit(
     return errors[-1] if errors else None
 
 
+def placed_again(
+    config: SweepConfig, assignments: Mapping[str, Mapping[str, Any]], finished: Container[str]
+) -> list[str]:
+    """Trials of points that order adaptive placed in earlier runs of this sweep and a resume trains again.
+
+    They are in no list of points; left closed, their old end would be taken for the new one's.
+    """
+    if config.sweep.order != "adaptive":
+        return []
+    placed = [trial_id for trial_id, assignment in assignments.items() if assignment["kind"] == "constrained"]
+    return [trial_id for trial_id in placed if trial_id not in finished]
+
+
 def with_chains(config: SweepConfig, slots: int) -> SweepConfig:
     """`sweep.chains: auto` as a number, fixed when the sweep starts: a resume elsewhere must not plan another path."""
-    if config.sweep.chains != "auto":
+    if config.sweep.chains != "auto" or config.sweep.order != "path":
         return config
     return config.model_copy(update={"sweep": config.sweep.model_copy(update={"chains": slots})})
 

@@ -55,9 +55,10 @@ class SweepTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """The next milestone of the trial: at most `report_every` dual steps on, or its end."""
         while True:
-            progress = self.server.call("progress", self.trial, self.reached, self.report_every, POLL_S)
+            milestone, last = self.reached + self.report_every, self.sweep.dual_steps
+            progress = self.server.call("progress", self.trial, self.reached, self.report_every, POLL_S, last)
             ended = progress["status"] != "running"
-            if ended or progress["reached"] >= self.reached + self.report_every:
+            if ended or milestone <= progress["reached"] != last:
                 break
             if not self.group.alive:
                 raise RuntimeError(

@@ -1,5 +1,6 @@
 """Which point of a frontier comes next and what it starts from: plans without Ray, and the searcher Tune asks."""
 
+import asyncio
 import copy
 import math
 
@@ -7,15 +8,26 @@ import numpy as np
 import pytest
 from ray.tune.search import Searcher
 
+from dualsweep.constraints import Constraint, Problem
 from dualsweep.constraints.closed_forms import (
     class_restriction_multipliers,
     class_restriction_objective,
     class_restriction_shares,
 )
 from dualsweep.orchestration.config import ConfigError, SweepConfig, sweep_points
-from dualsweep.orchestration.frontier import AdaptivePlan, Outcome, PathPlan, check_adaptive, check_path, outcome_of
+from dualsweep.orchestration.dual_server import DualServer
+from dualsweep.orchestration.frontier import (
+    AdaptivePlan,
+    Outcome,
+    PathPlan,
+    check_adaptive,
+    check_order,
+    check_path,
+    outcome_of,
+)
 from dualsweep.orchestration.points import Halt, build_frontier
-from dualsweep.orchestration.sweep import with_chains
+from dualsweep.orchestration.schedulers import trial_scheduler
+from dualsweep.orchestration.sweep import placed_again, with_chains
 
 NAMES = ("digit_4", "digit_5")
 SHARED = {"folder": "somewhere"}
@@ -217,6 +229,10 @@ def test_a_cold_start_that_was_recorded_stays_one():
     assert labels == {label(0.05), label(0.1)}
 
 
+def test_the_number_of_chains_stays_open_without_a_path():
+    assert with_chains(adaptive(), 3).sweep.chains == "auto"
+
+
 def test_the_number_of_chains_is_fixed_when_the_sweep_starts():
     assert with_chains(config(chains="auto"), 3).sweep.chains == 3
     assert with_chains(config(chains=2), 3).sweep.chains == 2
@@ -252,12 +268,107 @@ def test_points_without_a_path_are_refused(thresholds, said):
         ({"stopping": {"window": 2}}, "stopping.window"),
         ({"stopping": {"window": 20, "patience": 20}}, "stopping.patience=20 must be larger than window=20"),
         ({"stopping": {"tolerance": 0}}, "stopping.tolerance"),
+        ({"evaluation": {"tolerance": 0}}, "give stopping.tolerance > 0"),
+        (
+            {"evaluation": {"tolerance": 0}, "sweep": {"order": "listed"}, "stopping": {"infeasible": True}},
+            "give stopping.tolerance > 0",
+        ),
     ],
 )
 def test_bad_settings_are_refused_by_their_path(section, said):
     with pytest.raises(ConfigError) as refused:
         config(**section)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "section", [{"sweep": {"order": "listed"}}, {"stopping": {"certificate": False}}, {"stopping": {"tolerance": 0.1}}]
+)
+def test_a_tolerance_of_zero_is_fine_where_no_trial_ends_by_it(section):
+    config(evaluation={"tolerance": 0}, **section)
+
+
+SHORT = {"primal": {"steps": 300}, "dual": {"rule": "ascent", "step_size": 0.1, "primal_steps_per_dual_step": 10}}
+
+
+@pytest.mark.parametrize(
+    "section, said",
+    [
+        ({"sweep": {"order": "listed", "chains": 2}}, "sweep.chains=2 with order=listed"),
+        ({"sweep": {"order": "listed", "warm_lr": 0.5}}, "sweep.warm_lr=0.5 with order=listed"),
+        ({**SHORT, "stopping": {"window": 31, "patience": 32}}, "stopping.window=31: a trial has 30 dual steps"),
+        ({**SHORT, "stopping": {"patience": 31}}, "stopping.patience=31: a trial has 30 dual steps"),
+        ({**SHORT, "sweep": {"order": "listed"}, "stopping": {"infeasible": True}}, "stopping.patience=40"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(section, said):
+    with pytest.raises(ConfigError, match=said):
+        check_order(config(**section))
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {**SHORT, "stopping": {"window": 30, "infeasible": False}},
+        {**SHORT, "stopping": {"patience": 30}},
+        {**SHORT, "sweep": {"order": "listed"}},
+        {"primal": {"steps": 800}, "sweep": {"order": "path", "chains": 2, "warm_lr": 0.5}},
+    ],
+)
+def test_settings_with_an_effect_are_not(section):
+    check_order(config(**section))
+
+
+@pytest.mark.parametrize("order", ["path", "adaptive"])
+@pytest.mark.parametrize(
+    "section, said",
+    [
+        ({"dual": {"rule": "fixed", "start": 0.3}}, "dual.rule='fixed' with sweep.order"),
+        ({"scheduler": {"kind": "asha"}}, "scheduler.metric='lagrangian' with sweep.order"),
+        ({"scheduler": {"kind": "median", "metric": "kkt_residual"}}, "give at least stopping.window=10"),
+    ],
+)
+def test_what_does_not_go_with_neighbours_is_refused(order, section, said):
+    spec = config(**section) if order == "path" else adaptive(**section)
+    with pytest.raises(ConfigError, match=said):
+        check_path(spec, points_of(spec)) if order == "path" else check_adaptive(spec, NAMES)
+
+
+def test_a_scheduler_beside_a_search_has_a_metric_of_its_own():
+    scheduler = {"kind": "asha", "metric": "worst_violation", "grace_dual_steps": 12}
+    made = trial_scheduler(adaptive(scheduler=scheduler), 50)
+    assert (made._inner.metric, made._inner._mode) == ("worst_violation", "min")
+    assert made.set_search_properties(None, None)  # what Tune gives it
+
+
+def test_the_milestone_of_the_last_dual_step_waits_for_the_end(tmp_path):
+    """A scheduler that stopped a trial while it is evaluated would leave its neighbours nothing to start from."""
+    constraint = Constraint(name="a", unit="loss", threshold=0.5)
+    problem = Problem(method="fairness", objective="loss", constraints=(constraint,)).to_dict()
+    numbers = dict.fromkeys(("lr", "grad_norm", "objective", "objective_stderr", "lagrangian"), 1.0)
+    lists = {"metrics": [1.0], "metric_stderrs": [0.1], "counts": [8]}
+
+    async def tell():
+        server, told = DualServer(str(tmp_path), ""), []
+        await server.begin("t", 1, problem, {"rule": "ascent", "step_size": 0.1}, [0.0], None)
+        for step in (1, 2):
+            await server.report("t", 1, step, {**numbers, **lists, "primal_step": step, "workers": 1, "wall_time": 0.0})
+        told.append(await server.progress("t", 0, 1, 5.0, 2))
+        last = asyncio.create_task(server.progress("t", 1, 1, 5.0, 2))
+        await asyncio.sleep(0)  # it looks before the end
+        await server.end("t", 1, "completed", {"made": True}, None)
+        told.append(await last)
+        await server.close()
+        return [(answer["status"], answer["reached"], answer["result"]) for answer in told]
+
+    assert asyncio.run(tell()) == [("running", 1, None), ("completed", 2, {"made": True})]
+
+
+def test_a_resume_opens_adaptive_points_again_that_did_not_finish():
+    kinds = {"unconstrained": "unconstrained", "done": "constrained", "failed": "constrained"}
+    assignments = {trial_id: {"kind": kind} for trial_id, kind in kinds.items()}
+    assert placed_again(adaptive(), assignments, {"done": {}}) == ["failed"]
+    assert placed_again(config(), assignments, {"done": {}}) == []  # listed: they are among the points to do
 
 
 # -- adaptive ------------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_an_adaptive_front_through_ray_has_its_points_and_says_where_they_starte
     changes = [
         "sweep={order: adaptive, points: 4}",
         "thresholds={unit: share, search: {axes: {minority: {uniform: [0.1, 0.3]}}}}",
-        "scheduler={kind: median, grace_dual_steps: 25}",
+        "scheduler={kind: median, metric: kkt_residual, grace_dual_steps: 25}",
         f"storage={tmp_path / 'runs'}",
     ]
     outcome = run_sweep(load_config(path, changes, environment=False), console=Console(quiet=True))
