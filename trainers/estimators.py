@@ -48,6 +48,15 @@ class RatioEstimate:
 
     values: torch.Tensor  # float64 (n,)
     stderrs: torch.Tensor  # float64 (n,), of the noise draws alone: independent between samples
+    loss: torch.Tensor | None = None  # mean of `values` with its graph, where a differentiable estimate was asked for
+
+
+@dataclass(frozen=True, eq=False)
+class LikelihoodEstimate:
+    """log p(x) of every sample, nats."""
+
+    values: torch.Tensor  # float64 (n,)
+    stderrs: torch.Tensor  # float64 (n,), of the divergence's probes: 0 where it is exact, inf with a single probe
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +181,6 @@ def path_kl(
         return _estimate(torch.as_tensor(weights).to(table) @ table, differentiable)
 
 
-@torch.no_grad()
 def log_likelihood_ratio(
     a: Predictor,
     b: Predictor,
@@ -183,6 +191,7 @@ def log_likelihood_ratio(
     seed: int = 0,
     repeats: int = 1,
     antithetic: bool = True,
+    differentiable: bool = False,
     max_rows: int = MAX_ROWS,
 ) -> RatioEstimate:
     """log p_a(x) - log p_b(x) of every sample: 1/2 int E[|noise - noise_b|^2 - |noise - noise_a|^2] d log SNR.
@@ -204,6 +213,9 @@ def log_likelihood_ratio(
     7e-3, in the tails), 0.05 to 0.09 nats at 8 levels. From 32 levels on it is nearly all the clean end, where half the
     integrand of timestep 0 is missing.
 
+    With `differentiable` the gradient of `loss` is that at fixed noise, in the parameters of both predictors; freeze those
+    of one that is to be held still.
+
     Raises: ValueError for fewer than two levels (three with one repeat), wrong shapes, numbers that are not finite.
     Source: unlearning paper, Lemma 2; methods.md 0.3 and H7. Second differences: von Neumann (1941), one order higher.
     """
@@ -222,14 +234,21 @@ def log_likelihood_ratio(
         return (error_gap(clean, timestep, noise) + error_gap(clean, timestep, -noise)) / 2
 
     integrand = pair_mean if antithetic else error_gap
-    table = _level_table(integrand, x_0, timesteps, seed=seed, repeats=repeats, max_rows=max_rows)
-    weights = torch.as_tensor(weights).to(table)
+    with torch.set_grad_enabled(differentiable):
+        table = _level_table(integrand, x_0, timesteps, seed=seed, repeats=repeats, max_rows=max_rows)
+        weights = torch.as_tensor(weights).to(table)
+        values = weights @ table.mean(0)
+    table = table.detach()
     if repeats > 1:
         variances = table.var(0) / repeats
     else:
         inner = (table[0, :-2] - 2 * table[0, 1:-1] + table[0, 2:]).square() / 6
         variances = torch.cat([inner[:1], inner, inner[-1:]])
-    return RatioEstimate(values=weights @ table.mean(0), stderrs=(weights.square() @ variances).sqrt())
+    return RatioEstimate(
+        values=values.detach(),
+        stderrs=(weights.square() @ variances).sqrt(),
+        loss=values.mean() if differentiable else None,
+    )
 
 
 def ode_log_likelihood(
@@ -241,7 +260,7 @@ def ode_log_likelihood(
     seed: int = 0,
     probes: int | None = None,
     max_rows: int = MAX_ROWS,
-) -> torch.Tensor:
+) -> LikelihoodEstimate:
     """log p(x) of every sample under the probability-flow ODE that ends in N(0, I) at the noisiest level.
 
     With the angle phi, cos phi = sqrt(alpha_bar), the flow of the variance-preserving process is dx/dphi = v with
@@ -257,7 +276,8 @@ def ode_log_likelihood(
     Args:
         probes: Rademacher probes of Hutchinson's divergence estimate, fixed along the path and drawn from `seed`; None:
             exact divergence up to 8 dimensions, one probe above.
-    Returns: float64 (n,), nats; unbiased but noisy with probes.
+    Returns: no gradient: its values are differentiated in x along the way. With probes unbiased but noisy, and the standard
+        errors are those of the probes' mean; what the steps leave out is in neither.
     Raises: ValueError for fewer than two steps, wrong shapes, or numbers that are not finite.
     Source: Song et al., ICLR 2021, section 4.3; the angle is that of Salimans and Ho, ICLR 2022, appendix D.
     """
@@ -265,57 +285,72 @@ def ode_log_likelihood(
     if probes is not None and probes < 1:
         raise ValueError(f"probes={probes}: give at least 1, or None for the default")
     dim = x_0[0].numel()
-    if probes is None and dim <= EXACT_DIVERGENCE_DIM:
+    exact = probes is None and dim <= EXACT_DIVERGENCE_DIM
+    if exact:
         directions = torch.eye(dim, dtype=x_0.dtype).view(dim, 1, *x_0.shape[1:]).expand(dim, *x_0.shape).to(x_0.device)
-        scale = 1.0
     else:
         generator = np.random.Generator(np.random.Philox(key=[seed, 0x0DE]))
         signs = generator.integers(2, size=(len(x_0), probes or 1, *x_0.shape[1:])) * 2.0 - 1.0
-        directions, scale = torch.from_numpy(signs).to(x_0).transpose(0, 1), 1 / (probes or 1)
+        directions = torch.from_numpy(signs).to(x_0).transpose(0, 1)
     timesteps = schedule.log_snr_grid(steps)[0].tolist()
     parts = zip(x_0.split(max_rows), directions.split(max_rows, dim=1), strict=True)
     # A caller's inference mode would refuse the gradients that the divergence needs.
     with torch.inference_mode(False), torch.enable_grad():
-        return torch.cat([_flow(predictor, clean, along, scale, timesteps, schedule) for clean, along in parts])
+        found = [_flow(predictor, clean, along, exact, timesteps, schedule) for clean, along in parts]
+    return LikelihoodEstimate(*(torch.cat(each) for each in zip(*found, strict=True)))
 
 
 def _flow(
     predictor: Predictor,
     x_0: torch.Tensor,
     directions: torch.Tensor,
-    scale: float,
+    exact: bool,
     timesteps: list[int],
     schedule: NoiseSchedule,
-) -> torch.Tensor:
-    """`ode_log_likelihood` of one batch: divergence along `directions` (k, n, *sample_shape), summed, times `scale`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ode_log_likelihood` of one batch and its standard errors: divergence along `directions` (k, n, *sample_shape), summed
+    where they are `exact`, the axes themselves, and averaged where they are probes.
+    """
+    scale = 1.0 if exact else 1 / len(directions)
     x = x_0.detach().clone().double()
     slope, divergence, change = torch.zeros_like(x), x.new_zeros(len(x)), x.new_zeros(len(x))
+    each = change_each = x.new_zeros(len(directions), len(x))  # the part of every direction in the two
     angle = 0.0
 
-    def velocity(x: torch.Tensor, timestep: int, *, differentiate: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """v and, if asked for, its divergence."""
+    def velocity(
+        x: torch.Tensor, timestep: int, *, differentiate: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """v and, if asked for, its divergence, and the part of every direction in it."""
         signal, spread = math.sqrt(schedule.alpha_bar[timestep]), math.sqrt(1 - schedule.alpha_bar[timestep])
         at = x.detach().to(x_0.dtype).requires_grad_(differentiate)
         prediction = _predict(predictor, at, torch.full((len(at),), timestep, device=at.device))
-        trace = x.new_zeros(len(x))
+        trace, along_each = x.new_zeros(len(x)), x.new_zeros(len(directions), len(x))
         if differentiate and not prediction.requires_grad:
             raise ValueError(
                 "the noise prediction has no gradient in x_t: give a predictor that torch can differentiate"
             )
         for i, along in enumerate(directions if differentiate else ()):
             (pulled,) = torch.autograd.grad(prediction, at, along.to(prediction), retain_graph=i + 1 < len(directions))
-            trace += scale * (pulled * along).flatten(1).sum(1).double()
-        return (prediction.detach().double() - spread * x) / signal, (trace - spread * x[0].numel()) / signal
+            along_each[i] = (pulled * along).flatten(1).sum(1).double()
+            trace += scale * along_each[i]
+        slope = (prediction.detach().double() - spread * x) / signal
+        return slope, (trace - spread * x[0].numel()) / signal, along_each / signal
 
     for timestep in timesteps:
         following = math.acos(math.sqrt(schedule.alpha_bar[timestep]))
         half = (following - angle) / 2
-        guess, _ = velocity(x + 2 * half * slope, timestep, differentiate=False)
+        guess, *_ = velocity(x + 2 * half * slope, timestep, differentiate=False)
         x = x + half * (slope + guess)
-        slope, ahead = velocity(x, timestep, differentiate=True)
+        slope, ahead, ahead_each = velocity(x, timestep, differentiate=True)
         change += half * (divergence + ahead)
-        divergence, angle = ahead, following
-    return change - 0.5 * (x.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+        change_each = change_each + half * (each + ahead_each)
+        divergence, each, angle = ahead, ahead_each, following
+    values = change - 0.5 * (x.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+    if exact:
+        return values, torch.zeros_like(values)
+    if len(directions) == 1:
+        return values, torch.full_like(values, math.inf)
+    return values, change_each.std(0) / math.sqrt(len(directions))
 
 
 def log_normalizer(u_q: ArrayLike, u_p: ArrayLike | None = None) -> tuple[float, float]:

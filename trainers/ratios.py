@@ -43,7 +43,7 @@ def log_density_ratio(
     if not noiseless(x_0.shape[1:]):
         levels = max(levels, FEWEST_LEVELS)
         return log_likelihood_ratio(a, b, x_0, schedule, levels=levels, seed=seed, repeats=REPEATS)
-    of_a, of_b = (ode_log_likelihood(predictor, x_0, schedule, steps=levels) for predictor in (a, b))
+    of_a, of_b = (ode_log_likelihood(predictor, x_0, schedule, steps=levels).values for predictor in (a, b))
     return RatioEstimate(of_a - of_b, torch.zeros_like(of_a))
 
 
@@ -115,7 +115,7 @@ def _ode_log_ratios(
     copies = x_0.repeat(len(laws), *[1] * (x_0.ndim - 1))
     flat = ode_log_likelihood(
         lambda x_t, timestep: base(x_t, timestep, given), copies, schedule, steps=levels, max_rows=len(copies)
-    )
+    ).values
     of_q, of_sets = flat.view(len(laws), len(x_0)).tensor_split([1])
     return (of_sets - of_q).T
 

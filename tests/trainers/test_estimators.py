@@ -53,6 +53,11 @@ class Exact(torch.nn.Module):
         return (1 - power[:, :, 0]).sqrt() * (share[:, :, None] * away / variances).sum(1)
 
 
+def flow(*given, **options):
+    """Values of `ode_log_likelihood`."""
+    return ode_log_likelihood(*given, **options).values
+
+
 def grid(dim):
     """Points of a box that holds all the mass of the mixtures, and the volume of a cell."""
     axis = np.linspace(-5, 5, 4001 if dim == 1 else 301)
@@ -380,6 +385,30 @@ def test_gradient_of_point_kl_at_fixed_samples(pair):
 
 
 @PAIRS
+def test_gradient_of_the_mean_log_ratio_at_fixed_noise(pair):
+    """In the parameters of the first law, by central differences, and of the second with the sign turned."""
+    x_0, step = draw(pair[0], 100), 1e-5
+
+    def ratio(of_a, of_b):
+        a, b = Tilted(pair[0], of_a), Tilted(pair[1], of_b)
+        return log_likelihood_ratio(a, b, x_0, SCHEDULE, levels=16, differentiable=True), a, b
+
+    estimate, a, b = ratio(THETA, 0.1)
+    assert estimate.loss.item() == pytest.approx(float(estimate.values.mean()), rel=1e-12)
+    assert not estimate.values.requires_grad and not estimate.stderrs.requires_grad
+    plain = log_likelihood_ratio(Tilted(pair[0], THETA), Tilted(pair[1], 0.1), x_0, SCHEDULE, levels=16)
+    assert torch.equal(plain.values, estimate.values) and torch.equal(plain.stderrs, estimate.stderrs)
+    estimate.loss.backward()
+    for found, ends in (
+        (a.theta.grad, [ratio(THETA + sign * step, 0.1)[0] for sign in (1, -1)]),
+        (b.theta.grad, [ratio(THETA, 0.1 + sign * step)[0] for sign in (1, -1)]),
+    ):
+        slope = float((ends[0].values - ends[1].values).mean()) / (2 * step)
+        assert float(found) == pytest.approx(slope, rel=1e-5, abs=1e-7) and abs(slope) > 1e-3
+    assert a.theta.grad.sign() != b.theta.grad.sign()
+
+
+@PAIRS
 def test_gradient_of_path_kl_at_fixed_states(pair):
     q = Tilted(pair[1], 0.1)
     trajectory = ddpm_trajectory(Exact(pair[0]), noise_for(200, 8, pair[0].dim), SCHEDULE)
@@ -430,7 +459,7 @@ def test_nothing_keeps_a_graph_unless_asked_to():
         trajectory.x_0,
         ratio.values,
         ratio.stderrs,
-        ode_log_likelihood(p, x_0, SCHEDULE, steps=4),
+        flow(p, x_0, SCHEDULE, steps=4),
     ]
     for estimate in (point_kl(p, q, x_0, SCHEDULE, levels=4), path_kl(p, q, trajectory, SCHEDULE)):
         assert estimate.loss is None
@@ -446,7 +475,7 @@ def test_nothing_keeps_a_graph_unless_asked_to():
 def test_the_flow_gives_the_log_density(pair):
     law = pair[0]
     x_0 = torch.cat([draw(law, 200), draw(pair[1], 50)])
-    values = ode_log_likelihood(Exact(law), x_0, SCHEDULE)
+    values = flow(Exact(law), x_0, SCHEDULE)
     errors = (values - torch.from_numpy(law.log_density(x_0))).abs()
     # measured 0.0015 and 0.0012: the step size, and N(0, I) in place of a law with 0.006 of the clean mean
     assert float(errors.square().mean().sqrt()) < 4e-3 and float(errors.max()) < 0.02
@@ -454,7 +483,7 @@ def test_the_flow_gives_the_log_density(pair):
 
 def test_the_flows_density_integrates_to_one():
     axis = torch.linspace(-4, 4, 401, dtype=torch.float64)[:, None]
-    values = ode_log_likelihood(Exact(LINE[0]), axis, SCHEDULE, max_rows=100)
+    values = flow(Exact(LINE[0]), axis, SCHEDULE, max_rows=100)
     assert float(values.exp().sum() * 0.02) == pytest.approx(1, abs=2e-3)  # Heun's error at 128 steps
 
 
@@ -462,7 +491,7 @@ def test_the_flow_starts_at_clean_data():
     std = 0.05  # only 5 times the noise of the first level
     law = GaussianMixture(np.zeros((1, 1)), np.array([std]), np.ones(1))
     x_0 = torch.tensor([[-0.1], [0.0], [0.05], [0.1]], dtype=torch.float64)
-    values, exact = ode_log_likelihood(Exact(law), x_0, SCHEDULE, steps=1000), torch.from_numpy(law.log_density(x_0))
+    values, exact = flow(Exact(law), x_0, SCHEDULE, steps=1000), torch.from_numpy(law.log_density(x_0))
     torch.testing.assert_close(values, exact, rtol=0, atol=5e-3)
     noisy = torch.from_numpy(law.noised(SCHEDULE.alpha_bar[0]).log_density(x_0))
     assert float((noisy - exact).abs().max()) > 0.05  # control: the density of data with the first level's noise
@@ -470,24 +499,38 @@ def test_the_flow_starts_at_clean_data():
 
 def test_more_steps_converge_with_the_second_order():
     x_0 = draw(LINE[0], 100)
-    fine, *coarse = (ode_log_likelihood(Exact(LINE[0]), x_0, SCHEDULE, steps=steps) for steps in (1000, 16, 32))
+    fine, *coarse = (flow(Exact(LINE[0]), x_0, SCHEDULE, steps=steps) for steps in (1000, 16, 32))
     errors = [float((values - fine).square().mean().sqrt()) for values in coarse]
     assert errors[1] < errors[0] / 3  # 4 in the limit
 
 
 def test_hutchinson_is_unbiased_and_seeded():
     x_0 = draw(PLANE[0], 20)
-    exact = ode_log_likelihood(Exact(PLANE[0]), x_0, SCHEDULE, steps=32)
+    exact = flow(Exact(PLANE[0]), x_0, SCHEDULE, steps=32)
     drawn = torch.stack(
-        [ode_log_likelihood(Exact(PLANE[0]), x_0, SCHEDULE, steps=32, probes=1, seed=s) for s in range(60)]
+        [flow(Exact(PLANE[0]), x_0, SCHEDULE, steps=32, probes=1, seed=s) for s in range(60)]
     )
     errors = (drawn - exact).mean(1)  # one independent mean a seed
     assert abs(errors.mean()) < 4 * errors.std() / math.sqrt(60)
     assert float(errors.std()) > 0
-    again = ode_log_likelihood(Exact(PLANE[0]), x_0, SCHEDULE, steps=32, probes=1, seed=7, max_rows=6)
+    again = flow(Exact(PLANE[0]), x_0, SCHEDULE, steps=32, probes=1, seed=7, max_rows=6)
     torch.testing.assert_close(again, drawn[7], rtol=1e-10, atol=1e-10)
-    many = ode_log_likelihood(Exact(PLANE[0]), x_0, SCHEDULE, steps=32, probes=40)
+    many = flow(Exact(PLANE[0]), x_0, SCHEDULE, steps=32, probes=40)
     assert float((many - exact).square().mean()) < float((drawn[0] - exact).square().mean()) / 8  # 40 in the limit
+
+
+def test_the_standard_error_of_a_flow_is_that_of_its_probes():
+    x_0 = draw(PLANE[0], 40)
+    assert not ode_log_likelihood(Exact(PLANE[0]), x_0, SCHEDULE, steps=16).stderrs.any()  # exact divergence
+    single = ode_log_likelihood(Exact(PLANE[0]), x_0, SCHEDULE, steps=16, probes=1)
+    assert torch.isinf(single.stderrs).all()
+    exact = flow(Exact(PLANE[0]), x_0, SCHEDULE, steps=16)
+    found = [ode_log_likelihood(Exact(PLANE[0]), x_0, SCHEDULE, steps=16, probes=8, seed=s) for s in range(25)]
+    errors = torch.stack([estimate.values - exact for estimate in found])
+    claimed = torch.stack([estimate.stderrs for estimate in found])
+    # 1000 errors of one size in all: a mean square is known to 5 percent or so
+    assert float(errors.square().mean()) == pytest.approx(float(claimed.square().mean()), rel=0.2)
+    assert float(claimed.mean()) > 1e-3
 
 
 def test_above_eight_dimensions_one_probe_is_drawn():
@@ -500,7 +543,7 @@ def test_above_eight_dimensions_one_probe_is_drawn():
         calls.append(len(x_t))
         return Exact(law)(x_t, timestep)
 
-    values = ode_log_likelihood(counted, x_0, SCHEDULE)
+    values = flow(counted, x_0, SCHEDULE)
     # 9 dimensions at 0.001 to 0.003 each
     torch.testing.assert_close(values, torch.from_numpy(law.log_density(x_0)), rtol=0, atol=0.05)
     assert len(calls) == 2 * len(SCHEDULE.log_snr_grid(128)[0])
@@ -508,10 +551,10 @@ def test_above_eight_dimensions_one_probe_is_drawn():
 
 def test_the_flow_works_in_a_callers_inference_mode_and_in_single_precision():
     x_0 = draw(LINE[0], 10)
-    expected = ode_log_likelihood(Exact(LINE[0]), x_0, SCHEDULE)
+    expected = flow(Exact(LINE[0]), x_0, SCHEDULE)
     with torch.inference_mode():
-        assert torch.equal(ode_log_likelihood(Exact(LINE[0]), x_0 + 0, SCHEDULE), expected)
-    single = ode_log_likelihood(Exact(LINE[0]), x_0.float(), SCHEDULE)
+        assert torch.equal(flow(Exact(LINE[0]), x_0 + 0, SCHEDULE), expected)
+    single = flow(Exact(LINE[0]), x_0.float(), SCHEDULE)
     assert single.dtype == torch.float64
     torch.testing.assert_close(single, expected, rtol=0, atol=1e-3)
 
@@ -638,14 +681,14 @@ BAD = {
     "one level": (lambda: point_kl(same, same, X_0, SCHEDULE, levels=1), "levels=1"),
     "one level of a ratio": (lambda: log_likelihood_ratio(same, same, X_0, SCHEDULE, levels=1), "levels=1"),
     "two levels, one repeat": (lambda: log_likelihood_ratio(same, same, X_0, SCHEDULE, levels=2), "3 levels or 2"),
-    "one step": (lambda: ode_log_likelihood(same, X_0, SCHEDULE, steps=1), "steps=1"),
+    "one step": (lambda: flow(same, X_0, SCHEDULE, steps=1), "steps=1"),
     "no repeats": (lambda: point_kl(same, same, X_0, SCHEDULE, repeats=0), "repeats=0"),
     "no rows": (lambda: point_kl(same, same, X_0, SCHEDULE, max_rows=0), "max_rows=0"),
     "a vector": (lambda: point_kl(same, same, torch.zeros(4), SCHEDULE), r"shape \(4,\)"),
     "no samples": (lambda: point_kl(same, same, X_0[:0], SCHEDULE), r"shape \(0, 2\)"),
     "whole numbers": (lambda: log_likelihood_ratio(same, same, X_0.long(), SCHEDULE), "int64"),
     "nan samples": (lambda: point_kl(same, same, X_0 * math.nan, SCHEDULE), "samples hold"),
-    "nan samples of the flow": (lambda: ode_log_likelihood(same, X_0 * math.nan, SCHEDULE), "samples hold"),
+    "nan samples of the flow": (lambda: flow(same, X_0 * math.nan, SCHEDULE), "samples hold"),
     "wrong shape": (lambda: point_kl(same, lambda x, _: x[:, :1], X_0, SCHEDULE), "must agree"),
     "wrong rows": (lambda: log_likelihood_ratio(lambda x, _: x[:1], same, X_0, SCHEDULE), "must agree"),
     "nan prediction": (lambda: point_kl(same, lambda x, _: x / 0, X_0, SCHEDULE), "not finite"),
@@ -653,9 +696,9 @@ BAD = {
         lambda: log_likelihood_ratio(same, lambda x, t: torch.where(t[:, None] == 999, math.inf, x), X_0, SCHEDULE),
         r"not finite at timesteps \[999\]",
     ),
-    "nan along the flow": (lambda: ode_log_likelihood(lambda x, _: x * math.nan, X_0, SCHEDULE), "not finite"),
-    "a flow without gradient": (lambda: ode_log_likelihood(lambda x, _: x.detach(), X_0, SCHEDULE), "differentiate"),
-    "no probes": (lambda: ode_log_likelihood(same, X_0, SCHEDULE, probes=0), "probes=0"),
+    "nan along the flow": (lambda: flow(lambda x, _: x * math.nan, X_0, SCHEDULE), "not finite"),
+    "a flow without gradient": (lambda: flow(lambda x, _: x.detach(), X_0, SCHEDULE), "differentiate"),
+    "no probes": (lambda: flow(same, X_0, SCHEDULE, probes=0), "probes=0"),
     "noise of a start only": (lambda: ddpm_trajectory(same, torch.zeros(4, 1, 2), SCHEDULE), "steps >= 1"),
     "increasing timesteps": (
         lambda: ddpm_trajectory(same, torch.zeros(4, 3, 2), SCHEDULE, timesteps=[0, 999]),
@@ -715,7 +758,7 @@ def test_a_cuda_device_agrees_with_the_processor():
         ratio = log_likelihood_ratio(rotated, same, x_0, SCHEDULE)
         kl = point_kl(rotated, same, x_0, SCHEDULE).per_sample
         path = path_kl(rotated, same, ddpm_trajectory(rotated, noise, SCHEDULE), SCHEDULE).per_sample
-        flows = [ode_log_likelihood(rotated, x_0, SCHEDULE, steps=16, probes=probes) for probes in (None, 2)]
+        flows = [flow(rotated, x_0, SCHEDULE, steps=16, probes=probes) for probes in (None, 2)]
         weights = sample_timesteps(SCHEDULE, x_0[:, 0].abs() % 1)[1]
         return [tensor.cpu() for tensor in (ratio.values, ratio.stderrs, kl, path, *flows, weights)]
 
