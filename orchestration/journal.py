@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dualsweep.trainers.store import Store, local_trouble
+from dualsweep.trainers.store import Store, local_trouble, sync_folder
 
 EPOCH_OBJECTS = 1000
 
@@ -50,7 +50,7 @@ class Journal:
             self._file.truncate(whole)
             self._file.seek(whole)
             os.fsync(self._file.fileno())
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         self._durable = whole  # where the last append that succeeded ended
         self._torn = False  # what a failed one wrote behind it could not be cut off yet
 
@@ -227,11 +227,3 @@ def _lock(file: Any, path: Path) -> None:
         else:
             return
         time.sleep(0.05)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

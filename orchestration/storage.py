@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from dualsweep.orchestration.config import ConfigError
 from dualsweep.orchestration.journal import read_remote_journal
-from dualsweep.trainers.store import MANIFEST, StorageError, Store, writing_to
+from dualsweep.trainers.store import MANIFEST, StorageError, Store, in_place_of
 
 CACHE_VARIABLE = "DUALSWEEP_CACHE"
 CHECK_WAIT_S = 5.0  # a first try's own time-outs come on top
@@ -130,10 +130,8 @@ def bring(store: Store, name: str, *, trials: bool = False, models: bool = False
         (folder / DRIVER_FILE).unlink(missing_ok=True)
         store.fetch_files(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with writing_to(folder / "journal.jsonl"):
-            part = folder / f"journal.jsonl.part{os.getpid()}"
+        with in_place_of(folder / "journal.jsonl") as part:
             part.write_bytes(read_remote_journal(store, folder))
-            os.replace(part, folder / "journal.jsonl")
         store.fetch(folder / "report")
         if trials or models:
             with ThreadPoolExecutor(8) as pool:

@@ -40,7 +40,7 @@ from dualsweep.orchestration.storage import forget, push_outcome, sign_of_life, 
 from dualsweep.orchestration.tracking import Tracker, Undelivered, check_tracking
 from dualsweep.orchestration.watch import Watcher, sweep_metrics, trial_folder
 from dualsweep.trainers.results import publish_base
-from dualsweep.trainers.store import StorageError, disk_trouble, local_trouble, writing_to
+from dualsweep.trainers.store import StorageError, disk_trouble, in_place_of, local_trouble, writing_to
 from dualsweep.trainers.workspace import write_json
 
 KEPT = ("completed", "stopped", "diverged")  # a resume runs the others (failed, interrupted, waiting) again
@@ -334,10 +334,9 @@ def _write_plan(plan: Plan) -> None:
     if not store.exists(plan.folder / "sweep.yaml"):
         forget(store, plan.folder)
         text = yaml.safe_dump(plan.config.to_dict(), sort_keys=False)
-        part = plan.folder / f"sweep.yaml.part{os.getpid()}"
-        part.write_text(text, encoding="utf-8")
-        write_json(plan.folder / "points.json", plan.points)
-        os.replace(part, plan.folder / "sweep.yaml")
+        with in_place_of(plan.folder / "sweep.yaml") as part:
+            part.write_text(text, encoding="utf-8")
+            write_json(plan.folder / "points.json", plan.points)  # a sweep is there once sweep.yaml is
         store.push(plan.folder / "points.json")
         store.push(plan.folder / "sweep.yaml")
     if plan.config.model.pretrained and not store.exists(plan.base_dir / "base.json"):

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dualsweep.trainers.store import in_place_of
+
 INTEGER_COLUMNS = {
     "dual_step": pa.int64(),
     "primal_step": pa.int64(),
@@ -96,13 +98,8 @@ def write_trace(
     if not isinstance(target, (str, os.PathLike)):
         pq.write_table(table, target)
         return
-    path = Path(target)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        pq.write_table(table, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with in_place_of(Path(target)) as part:
+        pq.write_table(table, part)
 
 
 def read_trace(source: str | os.PathLike[str] | BinaryIO) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from dualsweep.trainers.evaluate import EVALUATION_COUNTER
 from dualsweep.trainers.methods import METHODS, Method
 from dualsweep.trainers.metrics import Measurement
 from dualsweep.trainers.samplers import starting_noise
-from dualsweep.trainers.store import Store, writing_to
+from dualsweep.trainers.store import Store, in_place_of, sync, sync_folder, writing_to
 from dualsweep.trainers.workspace import Workspace, write_atomically, write_json
 
 DENSITY_CELLS = 161
@@ -164,13 +164,15 @@ def evaluate_trial(
         ).to_dict()
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "model", lambda part: judge.save(ema, multipliers, part))
-    with writing_to(folder):
-        np.save(folder / "samples.npy", samples[: _kept_samples(data, evaluation)].astype(np.float32))
-        if objective.errors is not None:
-            np.save(folder / "held_out_errors.npy", objective.errors)
+    with in_place_of(folder / "samples.npy") as part, open(part, "wb") as file:
+        np.save(file, samples[: _kept_samples(data, evaluation)].astype(np.float32))
+    if objective.errors is not None:
+        with in_place_of(folder / "held_out_errors.npy") as part, open(part, "wb") as file:
+            np.save(file, objective.errors)
     exact = method.exact(problem.constraints, config["dual"]) if summary["kind"] == "constrained" else None
     if exact is not None and exact.log_density is not None and data.sample_shape == (2,):
-        np.savez(folder / "exact_density.npz", **density_on_grid(exact.log_density, samples))
+        with in_place_of(folder / "exact_density.npz") as part, open(part, "wb") as file:
+            np.savez(file, **density_on_grid(exact.log_density, samples))
     return result
 
 
@@ -257,8 +259,10 @@ def publish_base(folder: Path, save: Callable[[Path], None], data: ConstrainedDa
         write_json(part / "base.json", {"data": data.fingerprint})
         if store.uri is not None or not (folder / "base.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)  # incomplete, or never pushed
+        sync(part)
         try:
             os.rename(part, folder)
+            sync_folder(folder.parent)
         except OSError:
             if not (folder / "base.json").is_file():
                 raise

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dualsweep.trainers.store import writing_to
+from dualsweep.trainers.store import in_place_of
 
 CHECKPOINT_VERSION = 1
 
@@ -88,13 +86,9 @@ class TrainState:
             fingerprint: identity of the trial (config and thresholds); a checkpoint of another trial is refused.
         Raises: StorageError when it cannot be written; nothing is left of it then.
         """
-        part = folder.with_name(folder.name + f".part{os.getpid()}")
-        shutil.rmtree(part, ignore_errors=True)
-        with writing_to(folder, part):
-            part.mkdir(parents=True)
+        with in_place_of(folder) as part:
+            part.mkdir()
             self._write(part, dual_state, fingerprint)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(part, folder)
 
     def _write(self, part: Path, dual_state: dict[str, Any] | None, fingerprint: str) -> None:
         save_file(self.tensors(), part / "tensors.safetensors")
@@ -111,9 +105,6 @@ class TrainState:
         }
         meta["digest"] = _meta_digest(meta)
         (part / "state.json").write_text(json.dumps(meta), encoding="utf-8")
-        for name in ("tensors.safetensors", "state.json"):
-            with open(part / name, "rb") as written:
-                os.fsync(written.fileno())
 
     def restore(self, folder: Path, *, fingerprint: str) -> dict[str, Any] | None:
         """Load a checkpoint in place.

@@ -35,6 +35,7 @@ DEFAULT_OPTIONS = {
     "gs": {"retry_limit_seconds": "10"},
     "gcs": {"retry_limit_seconds": "10"},
 }
+NO_SUCH_CALL = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # what a file system cannot do
 # Trouble of this machine's own disk, which waiting does not mend.
 LOCAL_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
@@ -84,6 +85,57 @@ def writing_to(path: Path, part: Path | None = None) -> Iterator[None]:
         if isinstance(error, StorageError):
             raise
         raise local_trouble(path, error) from error
+
+
+@contextmanager
+def in_place_of(path: Path) -> Iterator[Path]:
+    """A place beside `path` for a file or a folder, which is moved there when the block is left; the disk has it then.
+
+    So `path` is whole, or what it was before, also after a power cut; a folder that it replaces may be absent for a moment.
+    Raises: StorageError when it cannot be written. Nothing is left beside `path` after an exception.
+    """
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    try:
+        with writing_to(path):
+            _discard(part)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            sync(part)
+            if path.is_dir():
+                shutil.rmtree(path)  # a folder takes the place of none but an empty one
+            os.replace(part, path)
+            sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):  # a read-only disk lets nothing go; the first error counts
+            _discard(part)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or a folder with all that is in it."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            sync(inner)
+        sync_folder(path)
+    else:
+        with open(path, "rb") as written:
+            os.fsync(written.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has a folder's names, where its file system knows how to (a mounted bucket may not)."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SUCH_CALL:
+            raise
+    finally:
+        os.close(handle)
+
+
+def _discard(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -181,23 +233,18 @@ class Store:
         with self._alone():  # several workers of a node want the same folder
             if path.is_dir() and marker.is_file() and marker.read_bytes() == manifest:
                 return True
-            part = path.with_name(f"{path.name}.part{os.getpid()}")
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            try:
-                self._patiently(path, lambda remote, key: pafs.copy_files(key, str(part), remote, _LOCAL))
+            with in_place_of(path) as part:
+                part.mkdir()
+                try:
+                    self._patiently(path, lambda remote, key: pafs.copy_files(key, str(part), remote, _LOCAL))
+                except FileNotFoundError:
+                    raise DamagedError(f"storage: {self.address(path)} lost its files; remove its manifest") from None
                 found = _manifest(part)
                 if found != manifest:
                     raise DamagedError(
                         f"storage: {self.address(path)} is damaged ({_difference(manifest, found)}); remove it, or "
                         "restore its files"
                     )
-                shutil.rmtree(path, ignore_errors=True)
-                os.replace(part, path)
-            except FileNotFoundError:
-                raise DamagedError(f"storage: {self.address(path)} lost its files; remove its manifest") from None
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
             _replace(marker, manifest)
         return True
 
@@ -302,8 +349,5 @@ def _difference(wanted: bytes, found: bytes) -> str:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    with writing_to(path, part):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with in_place_of(path) as part:
         part.write_bytes(content)
-        os.replace(part, path)

@@ -5,8 +5,6 @@ Paid for once a process, so that a trial after the first starts in milliseconds.
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from dualsweep.trainers.labellers import Labeller, evaluation_labeller, training
 from dualsweep.trainers.methods import METHODS, Method, Setting
 from dualsweep.trainers.models import Denoiser, build_denoiser, load_model
 from dualsweep.trainers.noise_schedule import NoiseSchedule
-from dualsweep.trainers.store import Store, writing_to
+from dualsweep.trainers.store import Store, in_place_of
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -120,7 +118,13 @@ class Workspace:
             if self.store is not None:
                 self.store.fetch(folder / "model")
                 self.store.fetch_files(folder)
-            if read_json(folder / "base.json")["data"] != self.data.fingerprint:
+            try:
+                trained_on = read_json(folder / "base.json")["data"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{folder / 'base.json'}: damaged ({error}); remove the folder to train it again"
+                ) from error
+            if trained_on != self.data.fingerprint:
                 raise ValueError(f"{folder}: trained on other data than there is now; remove the folder")
             self._base = self._to_device(load_model(folder / "model")).requires_grad_(False).eval()
             self._base_dir = folder
@@ -137,7 +141,7 @@ class Workspace:
             parts["unit"] = self.config["thresholds"]["unit"]
             digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
             path = self._base_dir / f"calibration-{digest}.json"
-            if not path.is_file():
+            if _readable(path) is None:
                 method = self.formulation(self.setting(self.constraint_names, self.config["primal"]))
                 found = method.calibrate()
                 values = {
@@ -216,23 +220,25 @@ class Workspace:
         )
 
 
+def _readable(path: Path) -> Any:
+    """What a JSON file holds; None when it is absent or damaged."""
+    try:
+        return read_json(path)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Raises: StorageError when it cannot be written; the file it would have replaced is whole then."""
-    part = path.with_name(path.name + f".part{os.getpid()}")
-    with writing_to(path, part):
+    with in_place_of(path) as part:
         part.write_text(json.dumps(value, indent=1), encoding="utf-8")
-        os.replace(part, path)
 
 
 def write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
     """Fill a folder beside its place and move it there, so that it is whole or absent. Raises: StorageError."""
-    part = folder.with_name(folder.name + f".part{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    with writing_to(folder, part):
+    with in_place_of(folder) as part:
         write(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)

@@ -541,6 +541,19 @@ def test_a_sweep_that_shares_a_pretrained_model_does_not_meet_the_checkpoints_of
     assert (tmp_path / "first" / "pretrained" / "checkpoints" / "step-000002").is_dir()
 
 
+def test_files_that_a_power_cut_emptied_are_named_or_made_again(sweeps, tmp_path):
+    sweep = sweeps("mixture")
+    base = shutil.copytree(sweep.folder / "base", tmp_path / "base")
+    (calibration,) = base.glob("calibration-*.json")
+    calibration.write_bytes(b"")
+    workspace = make_workspace("mixture")
+    workspace.load_base(base)
+    assert workspace.calibration == sweep.base_result["calibration"]
+    (base / "base.json").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"base\.json: damaged .* remove the folder"):
+        make_workspace("mixture").load_base(base)
+
+
 def test_of_two_sweeps_that_pretrain_at_once_the_first_ones_model_stays(sweeps, tmp_path):
     data, folder, store = sweeps("mixture").workspace.data, tmp_path / "bases" / "key", Store(tmp_path)
 
