@@ -34,7 +34,7 @@ class Solved:
 
 
 def start_multipliers(
-    place: ArrayLike, solved: Sequence[Solved], domain: DualDomain, *, shares: bool
+    place: ArrayLike, solved: Sequence[Solved], domain: DualDomain, *, shares: bool, cold: float = 0.0
 ) -> NDArray[np.float64]:
     """Multipliers to start a grid point with, in the domain.
 
@@ -42,6 +42,8 @@ def start_multipliers(
         place: of the point, as in ``Solved``.
         solved: at least one, the one whose model it starts from first.
         shares: thresholds are shares to reach (nats), one class each: their law is known (closed_forms.py, H1).
+        cold: what multipliers start from without a neighbour. One that is exactly 0 there tells nothing of where a stricter
+            threshold wants it: it starts at least at this.
     """
     place, nearest = np.asarray(place, dtype=np.float64), solved[0]
     values = nearest.multipliers
@@ -49,6 +51,8 @@ def start_multipliers(
         values = _by_shares(place, solved)
     elif len(solved) > 1:
         values = _by_secant(place, nearest, solved[1])
+    if not shares:
+        values = np.where((nearest.multipliers == 0) & (place < nearest.place), np.maximum(values, cold), values)
     return domain.project(values)
 
 

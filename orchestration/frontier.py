@@ -8,7 +8,7 @@ start are part of the assignment, which the journal keeps, so that a resume has 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +30,13 @@ class Outcome:
     multipliers: Mapping[str, float]
     metrics: Mapping[str, float]
     thresholds: Mapping[str, float]  # canonical, factors resolved
+    relaxations: Mapping[str, float] = field(default_factory=dict)  # canonical; of a resilient rule
+    out_of_reach: bool = False  # shown so in training: nothing to start from, and no use in asking for more
+
+    @classmethod
+    def beyond(cls, label: str) -> "Outcome":
+        """Of a point whose thresholds are out of reach."""
+        return cls(label, {}, {}, {}, out_of_reach=True)
 
     def to_json(self) -> str:
         """Text, for Tune flattens what is nested on its way to a search algorithm."""
@@ -43,14 +50,26 @@ class Outcome:
 def outcome_of(result: Mapping[str, Any] | None) -> Outcome | None:
     """From a trial's result; None where there is nothing to start from.
 
-    That is a trial that failed, diverged or was stopped (no model), and one that was shown not to hold its thresholds.
+    That is a trial that failed, diverged or was stopped by a scheduler (no model), and one that was shown not to hold its
+    thresholds, relaxed as its rule has relaxed them.
     """
-    if not result or result.get("status") != "completed" or not result.get("constraints"):
-        return None
-    if (result.get("certificate") or {}).get("verdict") == "infeasible":
+    if result and result.get("stopped_by") == "infeasible":
+        return Outcome.beyond(result["label"])
+    if not result or result.get("status") != "completed" or not result.get("constraints") or _broken(result):
         return None
     metrics, thresholds = ({row["name"]: row[key] for row in result["constraints"]} for key in ("metric", "threshold"))
-    return Outcome(result["label"], result["averaged_multipliers"], metrics, thresholds)
+    return Outcome(
+        result["label"], result["averaged_multipliers"], metrics, thresholds, dict(result.get("relaxations") or {})
+    )
+
+
+def _broken(result: Mapping[str, Any]) -> bool:
+    """Whether a constraint was shown not to hold; a certificate itself does not count relaxations."""
+    certificate, relaxations = result.get("certificate") or {}, result.get("relaxations") or {}
+    if certificate.get("verdict") != "infeasible" or not any(relaxations.values()):
+        return certificate.get("verdict") == "infeasible"
+    lows = {name: low for name, (low, _) in certificate["intervals"].items()}
+    return any(low > certificate["tolerance"] + relaxations[name] for name, low in lows.items())
 
 
 class Starts:
@@ -59,6 +78,7 @@ class Starts:
     def __init__(self, config: SweepConfig) -> None:
         self._unit, self._sense = config.thresholds.unit, config.sense
         self._shares = config.method == "fairness" and self._unit == "share"
+        self._cold = config.dual.start
 
     def place(self, point: Point) -> NDArray[np.float64]:
         """Thresholds on the scale they are spaced on: canonical, or factors of the pretrained value."""
@@ -71,17 +91,27 @@ class Starts:
         names = sorted(point["thresholds"])
         known = [
             Solved(
-                self.place(other),
+                self.place(other) + self._relaxed(other, outcome),
                 np.array([outcome.multipliers[name] for name in names]),
                 np.array([outcome.metrics[name] for name in names]),
             )
             for other, outcome in solved
         ]
         # The trial itself moves them into its own domain, whose limits may depend on its thresholds.
-        values = start_multipliers(self.place(point), known, NonNegative(), shares=self._shares)
         source, outcome = solved[0]
+        # A resilient rule relaxes this point too, about as far as its neighbour: that is where its multipliers settle.
+        place = self.place(point) + self._relaxed(source, outcome)
+        values = start_multipliers(place, known, NonNegative(), shares=self._shares, cold=self._cold)
         multipliers = dict(zip(names, values.tolist(), strict=True))
         return {"trial": source["trial_id"], "label": outcome.label, "multipliers": multipliers}
+
+    def _relaxed(self, point: Point, outcome: Outcome) -> NDArray[np.float64]:
+        """How far a solved point's thresholds were relaxed, on the scale of `place`."""
+        names = sorted(point["thresholds"])
+        moved = np.array([outcome.relaxations.get(name, 0.0) for name in names])
+        factors = np.array([isinstance(point["thresholds"][name], Mapping) for name in names])
+        thresholds = np.array([outcome.thresholds[name] for name in names])
+        return moved * np.divide(self.place(point), thresholds, out=np.ones(len(names)), where=factors & (moved != 0))
 
     def _coordinate(self, name: str, value: float | Mapping[str, float]) -> float:
         constraint = Constraint(name=name, unit=self._unit, threshold=0.5, sense=self._sense)
@@ -94,7 +124,7 @@ class FrontierPlan(Protocol):
     """Which point is next, and what it starts from."""
 
     def over(self, trial_id: str, outcome: Outcome | None) -> None:
-        """A point has ended; None: nothing can start from it. Points of other kinds are ignored."""
+        """A point has ended; None: nothing can start from it, nor from one out of reach. Other kinds are ignored."""
 
     @property
     def done(self) -> bool:
@@ -127,7 +157,7 @@ class PathPlan:
     def over(self, trial_id: str, outcome: Outcome | None) -> None:
         """See `FrontierPlan`."""
         if trial_id in self._points:
-            self._outcomes[trial_id] = outcome
+            self._outcomes[trial_id] = None if outcome is None or outcome.out_of_reach else outcome
             if trial_id in self._waiting:  # in an earlier run of this sweep
                 self._waiting.remove(trial_id)
 
@@ -166,6 +196,8 @@ class AdaptivePlan:
     The slope of the front, dP*/d threshold = -multiplier, is known at every solved point and taken to be linear between
     them; its integral is the front. Lengths along it, with both axes scaled to 1, say where the front is least known (the
     longest stretch between neighbours) and where the points that are left would divide it evenly. The two ends come first.
+    Where a point is out of reach the front ends before it: no stricter one is asked for, and the stretch up to it is divided
+    like any other, so that the end is bisected as long as it is worth a point.
     """
 
     def __init__(
@@ -180,6 +212,7 @@ class AdaptivePlan:
         self._axis = adaptive_axis(config)
         self._points: dict[str, Point] = {}
         self._outcomes: dict[str, Outcome | None] = {}
+        self._beyond: list[float] = []  # positions out of reach
         self._again: list[Point] = []
         for assignment in (earlier or {}).values():
             if assignment["kind"] == "constrained":
@@ -190,13 +223,23 @@ class AdaptivePlan:
     def over(self, trial_id: str, outcome: Outcome | None) -> None:
         """See `FrontierPlan`."""
         if trial_id in self._points:
+            if outcome is not None and outcome.out_of_reach:
+                self._beyond.append(self._position(trial_id))
+                outcome = None
             self._outcomes[trial_id] = outcome
             self._again = [point for point in self._again if point["trial_id"] != trial_id]
 
     @property
     def left(self) -> int:
-        """How many points are still to be handed out."""
-        return len(self._again) + max(0, self._config.sweep.points - len(self._points))
+        """How many points are still to be handed out: none where the mildest is out of reach."""
+        new = max(0, self._config.sweep.points - len(self._points))
+        return len(self._again) + (new if self._end > 0 else 0)
+
+    @property
+    def _end(self) -> float:
+        """Where the front ends, in [0, 1]: at the mildest point out of reach, unless a stricter one was solved after all."""
+        solved = max((self._position(trial) for trial, outcome in self._outcomes.items() if outcome), default=-1.0)
+        return min((position for position in self._beyond if position > solved), default=1.0)
 
     @property
     def done(self) -> bool:
@@ -226,12 +269,14 @@ class AdaptivePlan:
         if not self._points:
             return 0.0
         slopes = {self._position(trial): self._slope(trial) for trial, outcome in self._outcomes.items() if outcome}
-        taken = sorted(self._position(trial) for trial in self._points)
+        end = self._end
+        taken = sorted(position for trial in self._points if (position := self._position(trial)) <= end)
+        count = len(taken) + self._config.sweep.points - len(self._points)
         if not slopes:
             waiting = set(self._points) - set(self._outcomes)
             # What the mildest point shows comes first; if nothing can be learned from it, the ends and the middle do.
-            return None if waiting else place_next(taken, {0.0: 0.0}, self._config.sweep.points)
-        return place_next(taken, slopes, self._config.sweep.points)
+            return None if waiting else place_next(taken, {0.0: 0.0}, count, end=end)
+        return place_next(taken, slopes, count, end=end)
 
     def _position(self, trial_id: str) -> float:
         return self._axis.position(self._points[trial_id]["thresholds"][self._names[0]])
@@ -313,21 +358,23 @@ def adaptive_axis(config: SweepConfig) -> Axis:
     return Axis(name, mild, strict, kind == "loguniform", factors)
 
 
-def place_next(taken: Sequence[float], slopes: Mapping[float, float], count: int, *, cells: int = 2000) -> float:
-    """Where on [0, 1] the next of `count` points goes, so that all of them divide the front's length evenly.
+def place_next(
+    taken: Sequence[float], slopes: Mapping[float, float], count: int, *, end: float = 1.0, cells: int = 2000
+) -> float:
+    """Where on [0, end] the next of `count` points goes, so that all of them divide the front's length evenly.
 
     Args:
         taken: positions of the points there are, running ones too, ascending.
         slopes: position -> slope of the front, at least one.
     """
-    grid = np.linspace(0, 1, cells + 1)
+    grid = np.linspace(0, end, cells + 1)
     known = sorted(slopes)
     slope = np.abs(np.interp(grid, known, [slopes[position] for position in known]))
     slope = (slope[1:] + slope[:-1]) / 2
     height = slope.mean()
     length = np.concatenate([[0.0], np.cumsum(np.hypot(1.0, slope / height if height > 0 else 0.0 * slope))])
-    if not any(np.isclose(position, 1.0) for position in taken):
-        return 1.0
+    if not any(np.isclose(position, end) for position in taken):
+        return end
     if not any(np.isclose(position, 0.0) for position in taken):
         return 0.0
     ends = np.interp(taken, grid, length)

@@ -72,6 +72,15 @@ def test_a_line_is_not_followed_far():
         assert found == pytest.approx(0.9 * REACH if place < 0 else 0.9 / REACH)
 
 
+def test_a_multiplier_of_zero_does_not_hold_stricter_starts_at_zero():
+    points = [Solved(np.full(2, x), np.array([0.0, m]), np.full(2, x)) for x, m in ((0.6, 0.4), (0.8, 0.3))]
+    strict, mild = (
+        start_multipliers([x, x], points, NonNegative(), shares=False, cold=0.1).tolist() for x in (0.5, 0.7)
+    )
+    assert strict == pytest.approx([0.1, 0.45]) and mild == pytest.approx([0.0, 0.35])
+    assert start_multipliers([0.5, 0.5], points[:1], NonNegative(), shares=False, cold=0.1).tolist() == [0.1, 0.4]
+
+
 def test_the_start_lies_in_the_domain():
     nearest = Solved(np.zeros(3), np.array([0.5, 0.6, 0.1]), np.zeros(3))
     found = start_multipliers(np.ones(3), [nearest], Simplex(), shares=False)

@@ -20,6 +20,7 @@ from dualsweep.orchestration.frontier import (
     AdaptivePlan,
     Outcome,
     PathPlan,
+    Starts,
     check_adaptive,
     check_order,
     check_path,
@@ -157,6 +158,11 @@ def test_only_a_completed_point_that_may_hold_is_started_from(changes):
     point = points_of(config())[1]
     assert outcome_of(result_of(point)).multipliers == {"digit_4": 0.1, "digit_5": 0.1}
     assert outcome_of(result_of(point, **changes)) is None and outcome_of(None) is None
+
+
+def test_thresholds_out_of_reach_are_told_apart_from_a_failure():
+    found = outcome_of({"label": "a", "status": "stopped", "stopped_by": "infeasible", "constraints": []})
+    assert found == Outcome.beyond("a") == Outcome.from_json(found.to_json()) and found.out_of_reach
 
 
 def test_an_outcome_survives_its_way_through_tune():
@@ -461,6 +467,51 @@ def test_points_out_of_reach_do_not_end_an_adaptive_front():
     for _ in range(4):
         plan.over(plan.next()["trial_id"], None)
     assert plan.done
+
+
+def test_nothing_stricter_is_asked_for_than_what_is_out_of_reach():
+    plan, shares, limit = AdaptivePlan(adaptive(), NAMES), [], 0.217
+    while not plan.done:
+        shares.append(asked(point := plan.next()))
+        plan.over(point["trial_id"], solve(point) if asked(point) < limit else Outcome.beyond(point["label"]))
+    beyond = [share for share in shares if share >= limit]
+    assert len(set(shares)) == 9 and beyond == sorted(beyond, reverse=True) and beyond[0] == 0.4
+    assert max(np.diff(sorted(shares)[: -len(beyond) + 1])) < 0.06  # the end is found, and the rest goes before it
+
+    plan = AdaptivePlan(adaptive(), NAMES)
+    plan.over((mildest := plan.next())["trial_id"], Outcome.beyond(mildest["label"]))
+    assert plan.done and plan.next() is None
+
+
+def test_a_stricter_point_that_is_solved_after_all_takes_the_end_back():
+    plan = AdaptivePlan(adaptive(), NAMES)
+    first = plan.next()
+    plan.over(first["trial_id"], solve(first))
+    strict, middle = plan.next(), plan.next()
+    plan.over(middle["trial_id"], Outcome.beyond(middle["label"]))
+    assert asked(plan.next()) < asked(middle)
+    plan.over(strict["trial_id"], solve(strict))
+    plan.next()
+    assert plan._end == 1.0
+
+
+def test_a_relaxed_point_is_started_from_where_it_was_relaxed_to():
+    """A resilient rule holds its thresholds plus relaxations: judged and aimed at so."""
+    first, second = points_of(config())[1:3]
+    intervals = dict.fromkeys(NAMES, [0.4, 0.6])
+    certificate = {"verdict": "infeasible", "tolerance": 0.1, "intervals": intervals}
+    broken = result_of(first, certificate=certificate, relaxations=dict.fromkeys(NAMES, 0.2))
+    assert outcome_of(broken) is None and outcome_of({**broken, "relaxations": dict.fromkeys(NAMES, 0.0)}) is None
+    assert outcome_of({**broken, "relaxations": dict.fromkeys(NAMES, 0.5)}).relaxations == dict.fromkeys(NAMES, 0.5)
+
+    starts, relaxed = Starts(config()), dict.fromkeys(NAMES, 0.5)
+    strict, mild = ({**first, "thresholds": dict.fromkeys(NAMES, share)} for share in (0.2, 0.1))
+    multipliers = class_restriction_multipliers(-np.log([0.1] * 2) + 0.5, PRIOR)
+    metrics = -np.log(class_restriction_shares(multipliers, PRIOR))
+    told = (dict(zip(NAMES, values.tolist(), strict=True)) for values in (multipliers, metrics, -np.log([0.1] * 2)))
+    found = starts.start(strict, [(mild, Outcome("mild", *told, relaxed))])["multipliers"]
+    wanted = class_restriction_multipliers(-np.log([0.2] * 2) + 0.5, PRIOR)
+    assert list(found.values()) == pytest.approx(wanted.tolist(), rel=1e-6)
 
 
 def test_a_resumed_adaptive_front_keeps_its_points_and_their_starts():
