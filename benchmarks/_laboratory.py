@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dualsweep.constraints.lagrangian import above_level
 from dualsweep.orchestration.config import SweepConfig, load_config, sweep_points
 from dualsweep.orchestration.frontier import AdaptivePlan, FrontierPlan, PathPlan, outcome_of
 from dualsweep.orchestration.local_dual import LocalDual
@@ -105,10 +106,22 @@ def multiplier_errors(result: dict[str, Any]) -> dict[str, float]:
 
 
 def violations_in_se(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """By constraint (violation, its standard error) on fresh draws: above the level of a min-max problem or the relaxation."""
-    level = result["certificate"].get("level") or 0.0
-    granted = {name: level + relaxation for name, relaxation in result["relaxations"].items()}
-    return {row["name"]: (row["violation"] - granted[row["name"]], row["stderr"]) for row in result["constraints"]}
+    """By constraint (violation, its standard error) on fresh draws: above the level of a min-max problem or the relaxation.
+
+    Above a level both are those of the contrast, violation less the weighted mean of all, as the certificate has them.
+    """
+    rows, level = result["constraints"], result["certificate"].get("level")
+    names = [row["name"] for row in rows]
+    violations, stderrs = (np.array([row[key] for row in rows]) for key in ("violation", "stderr"))
+    if level is not None:
+        # A dual-only run is judged at its averaged multipliers, a trained one at its last.
+        used = min(
+            ([result[kind][name] for name in names] for kind in ("multipliers", "averaged_multipliers")),
+            key=lambda multipliers: abs(np.dot(multipliers, violations) - level),
+        )
+        violations, stderrs = above_level(used, violations, stderrs)
+    violations = violations - [result["relaxations"][name] for name in names]
+    return dict(zip(names, zip(violations.tolist(), stderrs.tolist(), strict=True), strict=True))
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -177,6 +177,7 @@ class Workspace:
             tensors=tensors,
             labeller=lambda: self.training_labeller,
             cache=self._cache,
+            evaluation_steps=self.config["evaluation"]["num_sampling_steps"],
         )
 
     def base_errors(self, seed: int) -> np.ndarray:

@@ -120,6 +120,16 @@ def test_what_a_shard_measures_depends_on_counter_and_shard_alone(data, adaptati
     assert not np.isclose(measured(method, model, counts=counts, counter=2), whole).any()
 
 
+def test_the_pool_is_drawn_by_as_many_steps_as_the_evaluation(adaptation, monkeypatch):
+    config = load_config(EXAMPLE, ["measure.num_sampling_steps=10"], environment=False)
+    setting = Workspace(config.to_dict(), config.data).setting((), config.to_dict()["primal"])
+    assert setting.evaluation_steps == config.evaluation.num_sampling_steps == 200
+    method, asked = adaptation(cache={}, evaluation_steps=7), []
+    monkeypatch.setattr(method, "_drawn", lambda counter, counts, steps: asked.append(steps))
+    method.pool  # noqa: B018
+    assert asked == [7] and method.setting.measure["num_sampling_steps"] != 7
+
+
 def test_the_pool_is_drawn_once_a_process_and_evaluation_draws_its_own(adaptation):
     cache = {}
     first, second = adaptation(cache=cache), adaptation(cache=cache)

@@ -26,6 +26,7 @@ from dualsweep.trainers.methods import METHODS, Setting
 from dualsweep.trainers.methods.alignment import Alignment
 from dualsweep.trainers.methods.base import Batch
 from dualsweep.trainers.methods.on_policy import cross_fitted
+from dualsweep.trainers.methods.unlearn_likelihood import UnlearnLikelihood
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.workspace import Workspace
 
@@ -308,6 +309,38 @@ def test_the_unit_is_the_pretrained_chains_standard_deviation():
     calibration = method.calibrate()
     assert calibration.metrics == pytest.approx([0, 0], abs=1e-9)
     assert calibration.stderrs == pytest.approx([1 / 64] * 2, rel=1e-6)
+
+
+def test_the_standard_error_of_an_evaluation_holds_over_pools():
+    """Few samples define the unit: metrics of one model vary from pool to pool, seed by seed, as much as is claimed."""
+    found = []
+    for seed in range(60):
+        options = {"num_sampling_steps": 3, "pool": 200, "rewards": REWARDS, "gradient": "policy"}
+        method = Alone(make_setting(options=options, seed=seed, cache={}))
+        arguments = {"shards": [0], "counts": {0: 2000}, "num_sampling_steps": 5}
+        draws = method.measure(Bent(0.4), MULTIPLIERS, counter=EVALUATION_COUNTER, **arguments)
+        measurement = method.measurement(draws.rows, MULTIPLIERS.numpy())
+        found.append((measurement.metrics, measurement.stderrs))
+    metrics, stderrs = np.array(found).transpose(1, 0, 2)
+    assert abs(metrics.mean(0)).max() > 0.5  # far enough from 0 for the standard deviation's error to count
+    # A spread is known to 9 percent from 60 values: three of them.
+    assert stderrs.mean(0) == pytest.approx(metrics.std(0, ddof=1), rel=0.28)
+
+
+@pytest.mark.parametrize(
+    "kind, scaled",
+    [
+        (Alignment, lambda pool, raw: (raw - pool.mean()) / pool.std(ddof=1)),
+        (UnlearnLikelihood, lambda pool, raw: raw / pool.mean()),
+    ],
+)
+def test_the_units_influence_is_what_leaving_a_sample_out_changes(kind, scaled):
+    pool, raw = np.random.default_rng(0).normal(2.0, 0.5, size=400), 2.7
+    left_out = np.array([scaled(np.delete(pool, k), raw) for k in range(400)])
+    jackknife = -399 * (left_out - scaled(pool, raw))
+    units = (pool - pool.mean()) / pool.std(ddof=1) if kind is Alignment else pool / pool.mean()
+    found = kind.unit_influence(None, units[None], np.array([[scaled(pool, raw)]]))[0]
+    assert found == pytest.approx(jackknife, abs=0.02 * np.abs(jackknife).max())
 
 
 def test_training_measures_its_own_paths_and_an_evaluation_fresh_ones():

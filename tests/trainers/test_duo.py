@@ -206,6 +206,16 @@ def test_parts_of_several_workers_add_up(duo, data, part_of, unit):
         torch.testing.assert_close(torch.cat([value[row] for value in values]), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_two_samples_of_a_draw_count_as_one_value_of_the_prior(duo, data):
+    """They share timesteps and noise; taken as independent they would claim a standard error that the values do not have."""
+    method, denoiser = duo(), Reweighted(data.mixture, [0.2, 0.5, 0.3])
+    batch = batch_of(method, pairs=4, main=64)
+    terms = method.primal_loss(denoiser, batch, ONE)
+    _, distances = method._estimates(denoiser, batch)
+    assert terms.counts == (4, 64)
+    torch.testing.assert_close(terms.values[4:], distances[4:].mean((1, 2)))
+
+
 def test_the_multiplier_weighs_the_prior_and_normalising_divides_by_the_sum(duo, data):
     method, denoiser = duo(), Reweighted(data.mixture, [0.2, 0.5, 0.3])
     batch = batch_of(method)

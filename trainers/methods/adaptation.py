@@ -77,7 +77,8 @@ class Adaptation(DivergenceConstraints):
     @property
     def pool(self) -> torch.Tensor:
         """Samples of the pretrained model, drawn once a worker process; the same on every worker."""
-        steps, cache = self.setting.measure["num_sampling_steps"], self.setting.cache
+        # As many steps as those that evaluation draws by: fewer would make another law of them.
+        steps, cache = self.setting.evaluation_steps or self.setting.measure["num_sampling_steps"], self.setting.cache
         if "pool" not in cache:
             cache["pool"] = self._drawn(POOL_COUNTER, {0: self.setting.options["pool"]}, steps)
         return cache["pool"]

@@ -83,6 +83,9 @@ class Alignment(OnPolicy):
                 )
         return raw.mean(dim=1, keepdim=True), stds
 
+    def unit_influence(self, pool: np.ndarray, metrics: np.ndarray) -> np.ndarray:
+        return -pool - metrics * (pool**2 - 1) / 2
+
     def exact(self, constraints: Sequence[Constraint], rule: Mapping[str, Any]) -> Oracle | None:
         """For mixtures on the line or in the plane, with rewards standardised on the law itself instead of the chain's."""
         mixture = self.setting.data.mixture

@@ -40,6 +40,7 @@ class Setting:
     tensors: Mapping[str, torch.Tensor]  # "main" and every set's samples, on `device`
     labeller: Callable[[], Labeller]  # of the training; made on first use
     cache: dict[str, Any] = field(default_factory=dict)  # kept by the worker process from trial to trial
+    evaluation_steps: int | None = None  # sampling steps of the evaluation; None: not known
 
 
 @dataclass

@@ -129,7 +129,8 @@ class DUO(Method):
         loss = loss + multipliers[0] * prior.sum() / (prior.shape[1] * batch.global_counts[1])
         if self.setting.optimizer.get("normalize", True):
             loss = loss / (1 + multipliers[0])
-        return PrimalTerms(loss, torch.cat([losses, prior.flatten()]), (pairs, prior.numel()))
+        prior = prior.mean(1)  # two samples of a draw share its timesteps and noise: one value of their own
+        return PrimalTerms(loss, torch.cat([losses, prior]), (pairs, len(prior)))
 
     def _preference_losses(self, margins: torch.Tensor) -> torch.Tensor:
         """-log sigmoid(beta margin) of every pair from estimates of its margin, (pairs, 1) or (pairs, levels).

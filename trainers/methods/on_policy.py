@@ -22,6 +22,7 @@ for the sampled log ratios; Roeder, Wu and Duvenaud, Sticking the Landing, NeurI
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -84,6 +85,15 @@ class OnPolicy(Method):
 
         Args:
             raw: values of the pretrained chain's pool, float64 (num_constraints, pool).
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives no unit")
+
+    def unit_influence(self, pool: np.ndarray, metrics: np.ndarray) -> np.ndarray:
+        """How far each sample of the pool moves the metrics by way of the unit, times their number; (num_constraints, pool).
+
+        Args:
+            pool: scaled values of the pretrained chain, (num_constraints, pool).
+            metrics: means of scaled values, (num_constraints, 1).
         """
         raise NotImplementedError(f"{type(self).__name__} gives no unit")
 
@@ -276,7 +286,11 @@ class OnPolicy(Method):
         return Draws(torch.cat(values, dim=1).T.double().cpu().numpy(), torch.cat(samples).cpu())
 
     def measurement(self, rows: np.ndarray, multipliers: np.ndarray) -> Measurement:
-        return mean_measurement(rows)
+        """Of an evaluation: means, with what the pool leaves open about the unit in their standard errors."""
+        found, pool = mean_measurement(rows), self._pool[2].cpu().numpy()
+        influence = self.unit_influence(pool, np.array(found.metrics)[:, None])
+        of_unit = influence.std(axis=1, ddof=1) / math.sqrt(pool.shape[1])
+        return replace(found, stderrs=np.hypot(found.stderrs, of_unit).tolist())
 
     def calibrate(self) -> Measurement:
         """Of the pool that defines the unit."""

@@ -8,6 +8,7 @@ Source: constrained unlearning paper, section 3.3 and equation 36; methods.md 7,
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from dualsweep.constraints import Constraint
@@ -92,6 +93,9 @@ class UnlearnLikelihood(OnPolicy):
                     "which leaves nothing to unlearn; remove the set, or raise formulation.pool"
                 )
         return torch.zeros_like(means), means
+
+    def unit_influence(self, pool: np.ndarray, metrics: np.ndarray) -> np.ndarray:
+        return -metrics * (pool - 1)
 
     def exact(self, constraints: Sequence[Constraint], rule: Mapping[str, Any]) -> Oracle | None:
         """For mixtures on the line or in the plane."""
