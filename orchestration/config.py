@@ -101,11 +101,22 @@ class OptimizerConfig(_Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     num_shards: Annotated[int, Field(ge=1, le=1024)] = 4
     """Logical shards of every stream's batch: the numbers drawn do not depend on how many workers share them."""
+    gradient_accumulation_steps: Count = 1
+    """At most num_shards / this many shards go through the model at once, so that less memory is needed; same batch, same steps."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "OptimizerConfig":
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be smaller than steps={self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_divide(self) -> "OptimizerConfig":
+        if self.num_shards % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide "
+                f"num_shards={self.num_shards}: give a divisor of it, or raise num_shards to a multiple"
+            )
         return self
 
 

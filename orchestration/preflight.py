@@ -48,6 +48,7 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
         tracking_uri = resolve_tracking_uri(config.tracking.uri, store.address(root))
         method = METHODS[config.method]
         names = _check_formulation(config, method, summary)
+        _check_accumulation(config, method)
         if config.thresholds.search is not None:
             search_settings(config)
         points = sweep_points(config, names)
@@ -121,6 +122,16 @@ def _check_shards(config: SweepConfig) -> None:
         field = "compute.workers.max" if config.compute.elastic else "compute.workers"
         raise ConfigError(
             f"{field}={config.compute.most_workers}: more than the {fewest} logical shards of a batch; raise primal.num_shards and pretrain.num_shards"
+        )
+
+
+def _check_accumulation(config: SweepConfig, method: type[Method]) -> None:
+    parts = config.primal.gradient_accumulation_steps
+    reason = method.needs_whole_batch(method.options(config.to_dict()["formulation"]))
+    if parts > 1 and reason is not None:
+        raise ConfigError(
+            f"primal.gradient_accumulation_steps={parts}: method {config.method} needs its whole batch at once ({reason}); "
+            "remove it, or give more workers"
         )
 
 

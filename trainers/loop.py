@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ from dualsweep.trainers.bad_numbers import (
     told,
     write_report,
 )
+from dualsweep.trainers.batches import BatchLoader
 from dualsweep.trainers.checkpoints import find_checkpoint, save_checkpoint, tidy
 from dualsweep.trainers.dual_client import NOT_THE_RULES, DualClient, Reply
 from dualsweep.trainers.methods import METHODS, Method, Pretraining, StreamSums
-from dualsweep.trainers.methods.base import make_batch
 from dualsweep.trainers.metrics import Draws, Measurement, loss_measurement, mean_and_stderr, shard_counts
 from dualsweep.trainers.models import Denoiser, load_model, save_model
 from dualsweep.trainers.primal import primal_step
@@ -63,7 +63,9 @@ def run_trial(workspace: Workspace, assignment: Assignment, dual: DualClient) ->
     Raises: NonFiniteError naming the step and the draws at fault, CheckpointError and whatever training raises; nothing is
         written then but checkpoints and the draws at fault (`bad_numbers-<attempt>.json`).
     """
-    return _Trial(workspace, assignment, dual).run()
+    trial = _Trial(workspace, assignment, dual)
+    with trial.ends:
+        return trial.run()
 
 
 class _Trial:
@@ -85,6 +87,7 @@ class _Trial:
         self.interval: int = config["dual"]["primal_steps_per_dual_step"]
         self.reply: Reply  # the newest answer
         self.in_use: tuple[float, ...]  # multipliers of the primal steps: the newest answer's, or the one's before it
+        self.ends = ExitStack()  # what must not outlive the trial
         self._under_way: tuple[int, Callable[[], Reply] | None] | None = None  # dual step, and rank 0's wait for it
 
     def run(self) -> dict[str, Any] | None:
@@ -110,12 +113,13 @@ class _Trial:
         steps = 0 if formulation.starts_optimal and not self.names and not self.is_base else self.optimizer["steps"]
         status, reason, finding, grad_norm = "completed", None, None, train.extra.get("grad_norm", 0.0)
         checks = DeferredChecks() if workspace.defers_checks else None
+        accumulate = self.optimizer["gradient_accumulation_steps"]
+        loader = BatchLoader(streams, shards, tensors, workspace.device, steps=steps, accumulate=accumulate)
+        batches = self.ends.enter_context(loader)
         trained.train()
         while train.primal_step < steps:
             if self.method.trains:
-                batch = make_batch(
-                    tensors, streams.draw(train.primal_step, shards), streams.batch_sizes, workspace.device
-                )
+                batch, *further = batches.take(train.primal_step)
                 self.first_step = self.first_step or time.time()
                 with self._named_batch(train, streams, shards):
                     norm = primal_step(
@@ -127,6 +131,7 @@ class _Trial:
                         grad_clip=self.optimizer["grad_clip"],
                         sums=sums,
                         checks=checks,
+                        further=further,
                     )
                 if norm is not None and math.isfinite(norm):  # an fp16 update that the scaler skipped has none
                     grad_norm = norm

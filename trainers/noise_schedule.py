@@ -30,6 +30,7 @@ class NoiseSchedule:
         )
         self.num_train_timesteps = num_train_timesteps
         self.alpha_bar = np.cumprod(1.0 - self.scheduler.betas.double().numpy())
+        self._scales: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def log_snr(self) -> np.ndarray:
@@ -38,9 +39,17 @@ class NoiseSchedule:
 
     def coefficients(self, timestep: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Signal and noise scale of each timestep, float32, shape (batch, 1, ..., 1) with `ndim` axes."""
-        alpha_bar = torch.as_tensor(self.alpha_bar, device=timestep.device)[timestep]
+        signal, scale = self._tables(timestep.device)
         shape = (-1,) + (1,) * (ndim - 1)
-        return alpha_bar.sqrt().float().view(shape), (1 - alpha_bar).sqrt().float().view(shape)
+        return signal[timestep].view(shape), scale[timestep].view(shape)
+
+    def _tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both scales of every timestep, float32, copied to a device once: a copy in each step would wait for it."""
+        if device not in self._scales:
+            with torch.inference_mode(False):  # kept beyond the call that happens to be the first
+                alpha_bar = torch.as_tensor(self.alpha_bar, device=device)
+                self._scales[device] = (alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float())
+        return self._scales[device]
 
     def add_noise(self, x_0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """x_t for int64 timesteps of shape (batch,)."""

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dualsweep import cli
 from dualsweep.orchestration.config import ConfigError, SweepConfig, load_config, point_for_search, sweep_points
-from dualsweep.orchestration.preflight import first_point, fresh_name
+from dualsweep.orchestration.preflight import first_point, fresh_name, preflight
+from dualsweep.trainers.methods import METHODS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("digit_4", "digit_5")
@@ -294,3 +295,19 @@ def test_a_check_of_a_section_names_the_field_once_and_by_its_full_path():
         )
     said = str(refused.value)
     assert "primal.warmup_steps=9 must" in said and "dual: the rule" in said and "dual: dual" not in said
+
+
+@pytest.mark.parametrize("section", ["primal", "pretrain"])
+def test_parts_of_a_batch_that_do_not_divide_its_shards_are_refused_with_a_remedy(section):
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps=3 does not divide num_shards=4: give a divisor"):
+        SweepConfig.from_dict(values(**{section: {"gradient_accumulation_steps": 3}}))
+
+
+def test_a_method_whose_loss_needs_the_whole_batch_refuses_its_parts(tmp_path):
+    overrides = [f"storage={tmp_path}", "primal.gradient_accumulation_steps=2"]
+    with pytest.raises(ConfigError, match="=2: method alignment needs its whole batch"):
+        preflight(load_config(EXAMPLES / "gmm_alignment.yaml", overrides, environment=False))
+    whole = {name for name, method in METHODS.items() if method.needs_whole_batch({"gradient_norm": None})}
+    assert whole == {"alignment", "unlearn_likelihood"}
+    scaled = {name for name, method in METHODS.items() if method.needs_whole_batch({"gradient_norm": 0.1})}
+    assert scaled == {"alignment", "unlearn_likelihood", "unlearn_forward_kl", "siss"}

@@ -8,7 +8,12 @@ import torch
 from dualsweep.orchestration.config import SweepConfig
 from dualsweep.orchestration.local_dual import LocalDual
 from dualsweep.trainers.assignment import Assignment
+from dualsweep.trainers.bad_numbers import DeferredChecks
+from dualsweep.trainers.batches import BatchLoader
 from dualsweep.trainers.loop import run_trial
+from dualsweep.trainers.methods import METHODS, StreamSums
+from dualsweep.trainers.primal import primal_step
+from dualsweep.trainers.state import TrainState
 from dualsweep.trainers.workspace import Workspace
 
 pytestmark = [
@@ -87,3 +92,63 @@ def test_channels_last_and_compile_give_the_same_losses(tmp_path):
         run_trial(Workspace(settings.to_dict(), settings.data), assignment(tmp_path / name, "base"), dual)
         losses[name] = [row["objective"] for row in dual.trace("base")]
     assert losses["fast"] == pytest.approx(losses["plain"], rel=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_primal_steps_do_not_wait_for_the_device(precision, accumulate):
+    """Whole steps from the draw to the EMA, after the first two, which compile kernels and make what is kept."""
+    settings = config(precision)
+    workspace = Workspace(settings.to_dict(), settings.data)
+    optimizer = workspace.config["primal"]
+    method = METHODS["fairness"](workspace.setting(workspace.constraint_names, optimizer))
+    workspace.fill(None)
+    train = TrainState(*workspace.modules(), optimizer)
+    streams = workspace.streams(method, optimizer, seed=0)
+    tensors = {name: samples for name, (samples, _) in method.streams().items()}
+    sums, checks = StreamSums(1 + len(workspace.constraint_names), workspace.device), DeferredChecks()
+    multipliers = torch.full((len(workspace.constraint_names),), 0.3, device=workspace.device)
+    given = {"steps": 8, "accumulate": accumulate}
+    with BatchLoader(streams, range(streams.num_shards), tensors, workspace.device, **given) as batches:
+        try:
+            for step in range(8):
+                batch, *further = batches.take(step)
+                norm = primal_step(
+                    train,
+                    method,
+                    batch,
+                    multipliers,
+                    accelerator=workspace.accelerator,
+                    grad_clip=1.0,
+                    sums=sums,
+                    checks=checks,
+                    further=further,
+                )
+                assert norm is None
+                if step == 1:
+                    torch.cuda.set_sync_debug_mode("error")
+            with pytest.raises(RuntimeError, match="synchroniz"):  # the mode is on
+                float(multipliers.sum())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(checks.read()) and torch.isfinite(sums.table).all()
+
+
+def test_batches_on_the_device_are_those_on_the_host():
+    settings = config("fp32")
+    workspace = Workspace(settings.to_dict(), settings.data)
+    optimizer = workspace.config["primal"]
+    method = METHODS["fairness"](workspace.setting(workspace.constraint_names, optimizer))
+    streams = workspace.streams(method, optimizer, seed=0)
+    tensors = {name: samples for name, (samples, _) in method.streams().items()}
+    hosted = {name: samples.cpu() for name, samples in tensors.items()}
+    shards, steps = range(streams.num_shards), 50
+    plain = BatchLoader(streams, shards, hosted, torch.device("cpu"), steps=steps)
+    with BatchLoader(streams, shards, tensors, workspace.device, steps=steps) as batches:
+        # All taken before any is looked at: page-locked memory must not be filled again while a copy from it is queued.
+        torch.cuda._sleep(100_000_000)
+        taken = [batches.take(step)[0] for step in range(steps)]
+    for step, batch in enumerate(taken):
+        (expected,) = plain.take(step)
+        for name in ("x_0", "noise", "timestep"):
+            assert torch.equal(getattr(batch, name).cpu(), getattr(expected, name))

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dualsweep.orchestration.dual_ledger import StaleAttemptError
 from dualsweep.orchestration.local_dual import LocalDual
 from dualsweep.trainers import loop
 from dualsweep.trainers.assignment import Assignment
+from dualsweep.trainers.batches import BatchLoader
 from dualsweep.trainers.loop import run_trial
 from dualsweep.trainers.models import load_model
 from dualsweep.trainers.primal import NonFiniteError
@@ -304,6 +306,43 @@ class Late(LocalDual):
             return answer()
 
         return waited
+
+
+def test_batches_drawn_ahead_resume_to_the_bit_and_their_thread_ends_with_the_trial(sweeps, calm, monkeypatch):
+    """Drawn in time is what the calm run does; the interrupted one has drawn a batch that it never took."""
+    sweep, assignment, undisturbed, result = calm("mixture")
+    started = []
+
+    def ahead(*arguments, **given):
+        started.append(BatchLoader(*arguments, **given, ahead=True))
+        return started[-1]
+
+    monkeypatch.setattr(loop, "BatchLoader", ahead)
+    broken, dual = sweep.fresh("ahead"), Directing("interrupt", at=3)
+    assert sweep.run(broken, dual) is None
+    resumed = sweep.run(replace(broken, attempt=2), dual)
+    assert len(started) == 2 and not [t for t in threading.enumerate() if t.name.startswith("batches")]
+    assert timeless(resumed) == timeless(result)
+    assert weights_of(broken) == weights_of(assignment)
+    assert comparable(dual.trace("ahead")) == comparable(undisturbed.trace(assignment.trial_id))
+
+
+def test_a_batch_in_parts_is_the_same_trial_up_to_the_order_of_sums(sweeps, calm, monkeypatch):
+    sweep, _, undisturbed, _ = calm("losses")
+    monkeypatch.setitem(sweep.workspace.config["primal"], "gradient_accumulation_steps", 2)
+    counts, taken = [], loop.primal_step
+
+    def primal_step(train, method, batch, multipliers, *, further, **given):
+        counts.append([part.counts for part in (batch, *further)])
+        return taken(train, method, batch, multipliers, further=further, **given)
+
+    monkeypatch.setattr(loop, "primal_step", primal_step)
+    dual = LocalDual()
+    sweep.run(sweep.fresh("parts"), dual)
+    assert counts == [[(8, 4, 4)] * 2] * 2 * DUAL_STEPS  # two shards of 16 + 8 + 8 samples
+    for mine, whole in zip(dual.trace("parts"), undisturbed.trace("calm"), strict=True):
+        assert mine["multipliers"] == pytest.approx(whole["multipliers"], rel=1e-4, abs=1e-6)
+        assert mine["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["alternating", "pipelined"])

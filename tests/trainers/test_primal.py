@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualsweep.trainers.bad_numbers import DeferredChecks
 from dualsweep.trainers.methods.base import Batch, StreamSums
-from dualsweep.trainers.methods.fairness import Fairness
+from dualsweep.trainers.methods.fairness import Fairness, Pretraining
+from dualsweep.trainers.methods.unlearn_forward_kl import UnlearnForwardKL
 from dualsweep.trainers.models import Denoiser, MLPDenoiser
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.primal import NonFiniteError, primal_step
@@ -314,3 +317,127 @@ def test_deferred_checks_skip_the_bad_step_and_tell_of_it_when_they_are_read(acc
     with pytest.raises(NonFiniteError, match=f"non-finite {culprit} at primal step 4 ") as error:
         checks.read()
     assert error.value.step == 4
+
+
+def parts_of(batch: Batch) -> list[Batch]:
+    """Three parts of 4, 4 and 4 samples; the second stream's 4 samples are in the last two."""
+    rows = [([0, 1, 2, 3], (4, 0)), ([4, 5, 8, 9], (2, 2)), ([6, 7, 10, 11], (2, 2))]
+    return [
+        replace(batch, x_0=batch.x_0[at], noise=batch.noise[at], timestep=batch.timestep[at], counts=counts)
+        for at, counts in rows
+    ]
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_the_parts_of_a_batch_make_the_step_of_the_whole(accelerator, deferred):
+    """Weights, EMA, optimizer and sums after several steps; gradients are added in another order."""
+    whole, split = make_train(), make_train()
+    sums = [StreamSums(2, torch.device("cpu")) for _ in range(2)]
+    checks = [DeferredChecks() if deferred else None for _ in range(2)]
+    given = {"accelerator": accelerator, "grad_clip": 0.5}
+    for step in range(5):
+        batch = make_batch(step)
+        first, *further = parts_of(batch)
+        one = primal_step(whole, fairness(), batch, MULTIPLIERS, sums=sums[0], checks=checks[0], **given)
+        other = primal_step(
+            split, fairness(), first, MULTIPLIERS, sums=sums[1], checks=checks[1], further=further, **given
+        )
+        if deferred:
+            one, other = (each.read() for each in checks)
+        assert other == pytest.approx(one, rel=1e-5)  # float32 norms
+    for name, tensor in whole.tensors().items():
+        # Float32 sums in another order, which Adam's division magnifies where a gradient is tiny.
+        torch.testing.assert_close(split.tensors()[name], tensor, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sums[1].table, sums[0].table, rtol=1e-6, atol=0)
+
+
+def test_ranks_sum_their_gradients_in_the_last_part_alone(accelerator):
+    events = []
+
+    class Recording:
+        num_processes, scaler = 1, None
+        autocast, clip_grad_norm_ = accelerator.autocast, accelerator.clip_grad_norm_
+
+        @contextmanager
+        def no_sync(self, model):
+            events.append("alone")
+            yield
+            events.append("together")
+
+        def backward(self, loss):
+            events.append("backward")
+            loss.backward()
+
+    first, *further = parts_of(make_batch(0))
+    primal_step(
+        make_train(), fairness(), first, MULTIPLIERS, accelerator=Recording(), grad_clip=1.0, further=further
+    )
+    assert events == ["alone", "backward", "together"] * 2 + ["backward"]
+
+
+def test_a_bad_sample_of_a_later_part_is_named_at_its_place_in_the_whole_batch(accelerator):
+    train = make_train()
+    first, *further = parts_of(make_batch(0))
+    further[1].x_0[3, 0] = math.nan  # the last sample of the second stream
+    with pytest.raises(NonFiniteError, match="non-finite loss at primal step 1 ") as error:
+        primal_step(train, fairness(), first, MULTIPLIERS, accelerator=accelerator, grad_clip=1.0, further=further)
+    assert error.value.rows == {1: [3]} and train.primal_step == 0
+
+
+class HostTraffic(TorchDispatchMode):
+    """Calls that on an accelerator wait for it: numbers read, tensors made of host numbers, lengths that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), given=None):
+        name = function.overloadpacket.__name__
+        masks = name == "index" and any(at is not None and at.dtype == torch.bool for at in arguments[1])
+        repeats = name == "repeat_interleave" and (given or {}).get("output_size") is None
+        if masks or repeats or name in ("_local_scalar_dense", "lift_fresh", "nonzero"):
+            self.calls.append(name)
+        return function(*arguments, **(given or {}))
+
+
+METHODS = {
+    "fairness": fairness(),
+    "pretraining under conditions": fairness(Pretraining),
+    "unlearning with a ceiling": UnlearnForwardKL(
+        SimpleNamespace(
+            schedule=SCHEDULE, optimizer={"normalize": True}, options={"loss_ceiling": 1.0, "gradient_norm": None}
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_reads_nothing_from_the_device_and_sends_it_nothing_but_its_batch(accelerator, name, parts):
+    train, sums, checks = make_train(), StreamSums(2, torch.device("cpu")), DeferredChecks()
+    if name.endswith("conditions"):
+        network = MLPDenoiser(dim=2, width=16, depth=1, num_train_timesteps=50, num_conditions=2)
+        train = TrainState(Denoiser(network), Denoiser(copy.deepcopy(network)), CONFIG)
+        sums = None  # one row for both streams
+    traffic = HostTraffic()
+    for step in range(3):
+        batch = make_batch(step)
+        first, *further = [batch] if parts == 1 else parts_of(batch)
+        given = {"accelerator": accelerator, "grad_clip": 1.0, "sums": sums, "checks": checks, "further": further}
+        if step == 0:  # makes what is kept
+            primal_step(train, METHODS[name], first, MULTIPLIERS, **given)
+            continue
+        with traffic:
+            primal_step(train, METHODS[name], first, MULTIPLIERS, **given)
+    assert traffic.calls == []
+    with traffic:
+        float(MULTIPLIERS.sum())
+        torch.tensor([1.0])
+    assert traffic.calls == ["_local_scalar_dense", "lift_fresh"]  # it does see them
+
+
+def test_multipliers_are_read_again_when_they_were_written_to():
+    method, multipliers = fairness(), torch.tensor([0.5])
+    assert method.on_host(multipliers).tolist() == [0.5] and method.on_host(multipliers) is method.on_host(multipliers)
+    multipliers.copy_(torch.tensor([0.75]))
+    assert method.on_host(multipliers).tolist() == [0.75]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -78,6 +79,51 @@ class Objective:
     unit: str = "nats"
 
 
+@dataclass(frozen=True)
+class HostBatch:
+    """A batch as it is drawn: on the host, and page-locked where the copy to the device shall not wait."""
+
+    indices: torch.Tensor  # int64 (batch,), into each stream's samples
+    timestep: torch.Tensor  # int64 (batch,)
+    noise: torch.Tensor  # (batch, *noise_shape)
+    counts: tuple[int, ...]
+
+    def to_device(
+        self, tensors: Mapping[str, torch.Tensor], batch_sizes: Mapping[str, int], device: torch.device
+    ) -> Batch:
+        """Arguments as for `make_batch`. From page-locked memory nothing here waits for the device."""
+        indices, timestep, noise = (
+            one.to(device, non_blocking=True) for one in (self.indices, self.timestep, self.noise)
+        )
+        rows = zip(batch_sizes, indices.split(list(self.counts)), strict=True)
+        return Batch(
+            x_0=torch.cat([tensors[name][index] for name, index in rows]),
+            noise=noise,
+            timestep=timestep,
+            counts=self.counts,
+            global_counts=tuple(batch_sizes.values()),
+        )
+
+
+def host_batch(
+    draws: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], batch_sizes: Mapping[str, int], *, pinned: bool
+) -> HostBatch:
+    """The streams' draws one after the other; arguments as for `make_batch`."""
+    indices, timesteps, noises = zip(*(draws[name] for name in batch_sizes), strict=True)
+    parts = (_joined(arrays, pinned) for arrays in (indices, timesteps, noises))
+    return HostBatch(*parts, counts=tuple(len(index) for index in indices))
+
+
+def _joined(arrays: Sequence[np.ndarray], pinned: bool) -> torch.Tensor:
+    if not pinned:
+        return torch.from_numpy(np.concatenate(arrays))
+    first = torch.from_numpy(arrays[0])
+    # PyTorch hands a page-locked block out again only when the copies from it are over.
+    joined = torch.empty((sum(map(len, arrays)), *first.shape[1:]), dtype=first.dtype, pin_memory=True)
+    np.concatenate(arrays, out=joined.numpy())
+    return joined
+
+
 def make_batch(
     tensors: Mapping[str, torch.Tensor],
     draws: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
@@ -91,19 +137,21 @@ def make_batch(
         draws: stream name -> (indices, timesteps, noise), as `Streams.draw` gives them.
         batch_sizes: stream name -> samples over all workers.
     """
-    indices, timesteps, noises = zip(*(draws[name] for name in batch_sizes), strict=True)
-    return Batch(
-        x_0=torch.cat(
-            [
-                tensors[name][torch.from_numpy(index).to(device)]
-                for name, index in zip(batch_sizes, indices, strict=True)
-            ]
-        ),
-        noise=torch.from_numpy(np.concatenate(noises)).to(device),
-        timestep=torch.from_numpy(np.concatenate(timesteps)).to(device),
-        counts=tuple(len(index) for index in indices),
-        global_counts=tuple(batch_sizes.values()),
-    )
+    return host_batch(draws, batch_sizes, pinned=False).to_device(tensors, batch_sizes, device)
+
+
+@lru_cache(maxsize=256)
+def device_constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """These numbers as a tensor, made once: making one in every step would wait for the device. Not to be written to."""
+    with torch.inference_mode(False):  # kept beyond the call that happens to be the first
+        return torch.tensor(values, device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=256)
+def stream_of_each(counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The stream's number of every sample of a batch, int64 (batch,); made once. Not to be written to."""
+    with torch.inference_mode(False):
+        return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
 
 
 class StreamSums:
@@ -142,6 +190,7 @@ class Method:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
+        self._read: tuple[torch.Tensor, int, np.ndarray] | None = None
 
     @classmethod
     def constraint_names(cls, set_names: Sequence[str], options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -174,6 +223,11 @@ class Method:
         Raises: ValueError naming field, value and remedy.
         """
 
+    @classmethod
+    def needs_whole_batch(cls, options: Mapping[str, Any]) -> str | None:
+        """Why its primal loss has to see a worker's whole batch at once; None where the losses of its parts add up."""
+        return None
+
     @property
     def trains(self) -> bool:
         """False where only the multipliers move (dual-only): the loop then makes no optimizer step."""
@@ -187,6 +241,13 @@ class Method:
     def domain(self, constraints: Sequence[Constraint]) -> DualDomain:
         """Where the multipliers may live."""
         return NonNegative()
+
+    def on_host(self, multipliers: torch.Tensor) -> np.ndarray:
+        """Their values, read again only when they were written to: reading waits for the device, and steps read many times."""
+        version = multipliers._version
+        if self._read is None or self._read[0] is not multipliers or self._read[1] != version:
+            self._read = (multipliers, version, multipliers.detach().cpu().numpy().copy())
+        return self._read[2]
 
     # -- primal ---------------------------------------------------------------------------------------------------
 

@@ -242,7 +242,7 @@ class Composed(Method):
         Their random numbers are addressed by the multipliers themselves, so that a resumed run and every worker has the
         same buffer without keeping it anywhere.
         """
-        key = _as_array(multipliers).tobytes()
+        key = _as_array(self.on_host(multipliers)).tobytes()
         if self._buffered is None or self._buffered[0] != key:
             counter = int.from_bytes(sha256(key).digest()[:7], "big")
             with torch.autocast(self.setting.device.type, enabled=False):

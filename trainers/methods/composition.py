@@ -19,7 +19,7 @@ from scipy.special import logsumexp
 from dualsweep.constraints import Constraint, DualDomain, Simplex
 from dualsweep.trainers.evaluate import EVALUATION_COUNTER
 from dualsweep.trainers.labellers import Labeller
-from dualsweep.trainers.methods.base import Batch, Objective, PrimalTerms
+from dualsweep.trainers.methods.base import Batch, Objective, PrimalTerms, device_constant
 from dualsweep.trainers.methods.composed import Composed, ComposedLaw
 from dualsweep.trainers.methods.denoising import denoising_terms
 from dualsweep.trainers.metrics import Draws, Measurement, mean_measurement, rounds
@@ -77,8 +77,9 @@ class Composition(Composed):
         """OR: denoising losses of the sets, weighted by the multipliers."""
         if not self._mixes:
             return super().primal_loss(denoiser, batch, multipliers)
-        weights = self.exponents(multipliers.detach().cpu().numpy())[self.set_conditions]
-        terms = denoising_terms(denoiser, self.setting.schedule, batch, torch.from_numpy(weights).to(batch.noise))
+        weights = self.exponents(self.on_host(multipliers))[self.set_conditions]
+        given = device_constant(tuple(weights.tolist()), batch.noise.device, batch.noise.dtype)
+        terms = denoising_terms(denoiser, self.setting.schedule, batch, given)
         counts = terms.counts if self.setting.names else ()
         return PrimalTerms(terms.loss, terms.values, (sum(terms.counts) - sum(counts), *counts))
 

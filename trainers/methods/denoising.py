@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dualsweep.trainers.methods.base import Batch, PrimalTerms
+from dualsweep.trainers.methods.base import Batch, PrimalTerms, device_constant, stream_of_each
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 
 
@@ -27,8 +27,7 @@ def denoising_terms(
     if conditions is None:
         prediction = denoiser(x_t, batch.timestep)
     else:
-        repeats = torch.tensor(batch.counts, device=x_t.device)
-        given = torch.tensor(list(conditions), device=x_t.device).repeat_interleave(repeats, output_size=len(x_t))
+        given = device_constant(tuple(conditions), x_t.device, torch.int64)[stream_of_each(batch.counts, x_t.device)]
         prediction = denoiser(x_t, batch.timestep, given)
     losses = mean_squares(prediction, batch.noise)
     return PrimalTerms(weighted_sum(losses, batch, weights), losses, batch.counts)
@@ -46,9 +45,8 @@ def weighted_sum(losses: torch.Tensor, batch: Batch, weights: torch.Tensor) -> t
         losses: one a sample of the batch, in its order.
         weights: float32, one a stream, of any sign.
     """
-    repeats = torch.tensor(batch.counts, device=losses.device)
-    each = torch.repeat_interleave(weights / weights.new_tensor(batch.global_counts), repeats, output_size=len(losses))
-    return torch.dot(losses, each)
+    shares = weights / device_constant(batch.global_counts, weights.device, weights.dtype)
+    return torch.dot(losses, shares[stream_of_each(batch.counts, losses.device)])
 
 
 def stream_weights(multipliers: torch.Tensor, *, normalize: bool) -> torch.Tensor:

@@ -39,7 +39,7 @@ from dualsweep.constraints import Constraint
 from dualsweep.trainers.chains import build_chain
 from dualsweep.trainers.evaluate import EVALUATION_COUNTER
 from dualsweep.trainers.labellers import Labeller
-from dualsweep.trainers.methods.base import Batch, Method, Objective, PrimalTerms
+from dualsweep.trainers.methods.base import Batch, Method, Objective, PrimalTerms, device_constant
 from dualsweep.trainers.methods.denoising import mean_squares
 from dualsweep.trainers.metrics import Draws, Measurement, mean_measurement
 from dualsweep.trainers.oracles import Oracle, log_likelihood_constrained
@@ -158,7 +158,7 @@ class ESD(Method):
     @torch.no_grad()
     def _answers(self, x_t: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The pretrained model's eps_q, and eps_i - eps_q of every set on a leading axis, in one forward."""
-        laws = torch.tensor([0, *self.conditions], device=x_t.device)
+        laws = device_constant((0, *self.conditions), x_t.device, torch.int64)
         copies = x_t.repeat(len(laws), *[1] * (x_t.ndim - 1))
         answers = self.setting.base(copies, timestep.repeat(len(laws)), laws.repeat_interleave(len(x_t)))
         of_q, of_sets = answers.float().view(len(laws), *x_t.shape).tensor_split([1])

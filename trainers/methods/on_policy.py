@@ -160,6 +160,10 @@ class OnPolicy(Method):
             yield self.chain.rollout(denoiser, noises), noises
         denoiser.train(was_training)
 
+    @classmethod
+    def needs_whole_batch(cls, options: Mapping[str, Any]) -> str | None:
+        return "the baseline of a path is the mean over all others"
+
     # -- primal ---------------------------------------------------------------------------------------------------------
 
     @property

@@ -97,6 +97,10 @@ class UnlearnForwardKL(DivergenceConstraints):
             )
         return mass
 
+    @classmethod
+    def needs_whole_batch(cls, options: Mapping[str, Any]) -> str | None:
+        return None if options["gradient_norm"] is None else "formulation.gradient_norm is that of the whole batch"
+
     # -- primal ---------------------------------------------------------------------------------------------------
 
     def primal_loss(self, denoiser: torch.nn.Module, batch: Batch, multipliers: torch.Tensor) -> PrimalTerms:
@@ -114,8 +118,9 @@ class UnlearnForwardKL(DivergenceConstraints):
         if options["loss_ceiling"] is not None:
             kept = torch.cat([kept[: batch.counts[0]], kept[batch.counts[0] :].clamp(max=options["loss_ceiling"])])
         total = multipliers.sum()
-        main, forget = torch.zeros_like(weights), torch.zeros_like(weights)
-        main[0], forget[1:] = 1.0, multipliers / total.clamp_min(torch.finfo(total.dtype).tiny)
+        shares = multipliers / total.clamp_min(torch.finfo(total.dtype).tiny)
+        main = torch.cat([shares.new_ones(1), torch.zeros_like(shares)])
+        forget = torch.cat([shares.new_zeros(1), shares])
         retained, forgotten = weighted_sum(kept, batch, main), weighted_sum(kept, batch, forget)
         if options["gradient_norm"] is not None:
             norm = gradient_norm(forgotten, denoiser)
