@@ -1,6 +1,7 @@
 """Denoisers behind one interface, ``denoiser(x_t, timestep, condition) -> noise prediction``, and their layout on disk."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from dualsweep.trainers.noise_schedule import NoiseSchedule
+
+CACHED_BYTES = 2**21  # of the widest activation: above it one forward of many images is slower than several of few
 
 
 class MLPDenoiser(ModelMixin, ConfigMixin):
@@ -81,6 +84,22 @@ class Denoiser(nn.Module):
         return getattr(self.network.config, "num_class_embeds", None)
 
     def forward(self, x_t: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        parts = self._num_parts(x_t)
+        if parts == 1:
+            return self._whole(x_t, timestep, condition)
+        given = (None,) * parts if condition is None else condition.tensor_split(parts)
+        split = zip(x_t.tensor_split(parts), timestep.tensor_split(parts), given, strict=True)
+        return torch.cat([self._whole(*part) for part in split])
+
+    def _num_parts(self, x_t: torch.Tensor) -> int:
+        """Into how many forwards a batch of images is split on the CPU, by its size alone; see docs/performance.md."""
+        channels = getattr(self.network.config, "block_out_channels", None)
+        if channels is None or x_t.device.type != "cpu":
+            return 1
+        widest = channels[0] * x_t.shape[-2] * x_t.shape[-1] * x_t.element_size()
+        return min(len(x_t), math.ceil(len(x_t) * widest / CACHED_BYTES)) or 1
+
+    def _whole(self, x_t: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
         if self._class_embeds:
             given = timestep.new_zeros(len(x_t)) if condition is None else condition
             return self.network(x_t, timestep, class_labels=given).sample

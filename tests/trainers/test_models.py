@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 
+from dualsweep.trainers import models
 from dualsweep.trainers.models import (
     Denoiser,
     MLPDenoiser,
@@ -163,3 +164,28 @@ def test_an_mlp_stays_an_mlp(tmp_path):
     network = load_model(tmp_path).network
     assert isinstance(network, MLPDenoiser)
     assert network.config["dim"] == 2 and network.config["num_train_timesteps"] == 70
+
+
+@pytest.mark.parametrize("conditions", [0, 3])
+def test_images_too_many_for_the_cache_go_through_in_several_forwards_with_the_same_answer(monkeypatch, conditions):
+    """12 images of 64x64 under 8 channels: 128 KiB each of the widest activation, so 1.5 MiB; allowed are 0.5 MiB."""
+    torch.manual_seed(0)
+    model = build_denoiser({**UNET, "channels": [8, 8]}, (1, 64, 64), SCHEDULE, num_conditions=conditions)
+    x_t, timestep = torch.randn(12, 1, 64, 64), torch.arange(12) * 5
+    condition = torch.arange(12) % 3 if conditions else None
+    sizes = []
+    model.network.register_forward_pre_hook(lambda network, given: sizes.append(len(given[0])))
+
+    def answer():
+        model.zero_grad()
+        prediction = model(x_t, timestep, condition)
+        prediction.square().mean().backward()
+        return prediction.detach(), [p.grad.clone() for p in model.parameters()]
+
+    whole, gradients = answer()
+    monkeypatch.setattr(models, "CACHED_BYTES", 2**19)
+    split, added = answer()
+    assert sizes == [12, 4, 4, 4]
+    torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-5)  # float32, maybe other kernels
+    for one, other in zip(added, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)  # and sums over pixels in another order
