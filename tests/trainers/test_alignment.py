@@ -340,7 +340,7 @@ def test_the_units_influence_is_what_leaving_a_sample_out_changes(kind, scaled):
     jackknife = -399 * (left_out - scaled(pool, raw))
     units = (pool - pool.mean()) / pool.std(ddof=1) if kind is Alignment else pool / pool.mean()
     found = kind.unit_influence(None, units[None], np.array([[scaled(pool, raw)]]))[0]
-    assert found == pytest.approx(jackknife, abs=0.02 * np.abs(jackknife).max())
+    assert found == pytest.approx(jackknife, abs=0.05 * np.abs(jackknife).max())  # second order in 1 / 400
 
 
 def test_training_measures_its_own_paths_and_an_evaluation_fresh_ones():
