@@ -3,15 +3,18 @@
 Both are judged from the rows of the dual steps so far, by every worker alike, so that a resumed run and one without Ray
 stop at the same dual step. What training sees is an estimate: the certificate itself is made afterwards, on fresh draws.
 
-Tight, over the last ``window`` dual steps and for every constraint: the mean violation lies within the tolerance by one
-standard error, above and, unless the multiplier is zero, below (complementary slackness: nothing is paid for room to
-spare); multiplier and violation have stopped moving (the dual step stands still, and the model has followed). On the
-simplex violations count from the level.
+Tight, for every constraint: the mean violation lies within the tolerance by one standard error, above and, unless the
+multiplier is zero, below (complementary slackness: nothing is paid for room to spare); multiplier and violation have
+stopped moving (the dual step stands still, and the model has followed). On the simplex violations count from the level.
+A rule that looks at every dual step stops where the noise is kind, so a first half of ``window`` dual steps that looks
+tight only proposes the end: the second half, of other draws, has to hold too, and both together have to stand still.
+Else the run goes on.
 
 Out of reach, over the last ``patience`` dual steps and for some constraint: its violation stood above the tolerance
-throughout, beyond noise; its multiplier grew by ``GROWTH`` or lay at the guard of its domain; and the violation fell by
-surely less than ``HOPE`` of itself. By duality a multiplier that grows without bound while the violation stays says that
-no model of the family meets the threshold (the dual function has no maximum).
+throughout, beyond noise, and fell by surely less than ``HOPE`` of itself; its multiplier lay at the guard of its domain, or
+grew by ``GROWTH`` and, at what the violation fell for each unit of it, two standard errors on top, would not bring it to the
+tolerance even ``HORIZON`` times as large. By duality a multiplier that grows without bound while the violation stays says
+that no model of the family meets the threshold (the dual function has no maximum); one that is merely slow goes on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +30,7 @@ from dualsweep.constraints.domains import DualDomain
 FREE = 1e-3  # a multiplier below this is none: its constraint may hold with room to spare
 SMALL = 0.1  # multipliers below this part of the largest one may drift as far as one of that size
 GROWTH = 0.5  # rise of a multiplier over the patience, relative to its mean there
+HORIZON = 10.0  # a multiplier that would have to grow by more than this factor is not on its way anywhere
 HOPE = 0.25  # a violation that surely falls less over the patience than this part of itself is not on its way to zero
 KEYS = ("dual_step", "multipliers", "violations", "violation_stderrs", "thresholds", "relaxations")
 
@@ -60,7 +64,7 @@ class StoppingRule:
         Args:
             names: the constraints, at least one.
             tolerance: > 0, canonical units.
-            window: >= 4 dual steps over which a certificate must be tight.
+            window: >= 8 dual steps over which a certificate must be tight, half of them to confirm the other half.
             drift: > 0, change of a multiplier over the window relative to its mean that still counts as standing.
             patience: > window, dual steps without progress after which thresholds count as out of reach.
             pooled: successive rows whose estimates share draws (``measure.window``).
@@ -70,7 +74,7 @@ class StoppingRule:
         """
         self.names, self.domain = tuple(names), domain
         self.tolerance = checked_number(tolerance, field="stopping.tolerance", above=0)
-        self.window = checked_count(window, field="stopping.window", at_least=4)
+        self.window = checked_count(window, field="stopping.window", at_least=8)
         self.drift = checked_number(drift, field="stopping.drift", above=0)
         self.patience = checked_count(patience, field="stopping.patience", at_least=self.window + 1)
         self.pooled = checked_count(pooled, field="measure.window", at_least=1)
@@ -79,18 +83,20 @@ class StoppingRule:
 
     @property
     def state(self) -> list[dict[str, Any]]:
-        """The last rows, as far back as the patience reaches."""
+        """The last rows, as far back as is looked; ``proposed``: the dual step whose certificate waits to be confirmed."""
         return self._rows
 
     def see(self, row: Mapping[str, Any]) -> Finding | None:
         """One dual step, as a row of the trace (those of ``KEYS``). Returns: why the trial ends, or None."""
-        self._rows = [*self._rows, {key: row[key] for key in KEYS}][-self.patience :]
-        if self.certificate and len(self._rows) >= self.window:
-            evidence = self._tight(self._courses(self._rows[-self.window :]))
+        proposed = self._rows[-1].get("proposed") if self._rows else None
+        kept = {**{key: row[key] for key in KEYS}, "proposed": proposed}
+        self._rows = [*self._rows, kept][-max(self.patience, self.whole) :]
+        if self.certificate:
+            evidence, kept["proposed"] = self._certified(proposed)
             if evidence:
                 return Finding("certificate", evidence)
-        if self.infeasible and len(self._rows) == self.patience:
-            for name, course in zip(self.names, self._courses(self._rows), strict=True):
+        if self.infeasible and len(self._rows) >= self.patience:
+            for name, course in zip(self.names, self._courses(self._rows[-self.patience :]), strict=True):
                 evidence = self._out_of_reach(course)
                 if evidence:
                     return Finding("infeasible", f"{name}: {evidence}")
@@ -99,26 +105,63 @@ class StoppingRule:
     def _courses(self, rows: list[dict[str, Any]]) -> list[ConstraintCourse]:
         return courses_of(rows, np.array([row["dual_step"] for row in rows]), len(self.names), self.domain)
 
-    def _tight(self, courses: list[ConstraintCourse]) -> str | None:
-        largest = max(float(course.multipliers.mean()) for course in courses)
-        # Rows that share draws: so many rows have (window + pooled - 1) / pooled times the draws of one.
-        share = (self.pooled / (self.window + self.pooled - 1)) ** 0.5
+    @property
+    def whole(self) -> int:
+        """Dual steps from the first row of a proposal to its confirmation: between them lie rows that share draws."""
+        return self.window + self.pooled - 1
+
+    @property
+    def confirmed(self) -> int:
+        """Dual steps of the half that confirms: the last ones of a run that ended by its certificate."""
+        return self.window - self.window // 2
+
+    def _certified(self, proposed: int | None) -> tuple[str | None, int | None]:
+        """The evidence, and the dual step of a proposal that still waits; at most one of the two."""
+        rows, half = self._rows, self.window // 2
+        now = rows[-1]["dual_step"]
+        if proposed is None:
+            courses = self._courses(rows[-half:]) if len(rows) >= half else None
+            found = courses is not None and self._worst(courses) is not None and self._still(courses)
+            return None, now if found else None
+        if now - proposed < self.whole - half:
+            return None, proposed
+        courses = self._courses(rows[-self.confirmed :])
+        worst = self._worst(courses)
+        if worst is None or not self._still(self._courses(rows[-self.whole :])):
+            return None, None
+        return self._told(courses, worst), None
+
+    def _worst(self, courses: list[ConstraintCourse]) -> float | None:
+        """The largest mean violation (where the multiplier is active, in size); None: not all are within the tolerance."""
+        # Rows that share draws: so many rows have (rows + pooled - 1) / pooled times the draws of one.
+        share = (self.pooled / (len(courses[0].steps) + self.pooled - 1)) ** 0.5
         worst = 0.0
         for course in courses:
             violation, stderr = float(course.values.mean()), share * course.noise
-            multiplier, drifted = float(course.multipliers.mean()), abs(line(course.multipliers)[0])
-            change, uncertain = course.change
+            multiplier = float(course.multipliers.mean())
             held = violation + stderr <= self.tolerance
             slack = violation - stderr < -self.tolerance and multiplier > FREE
-            moving = abs(change) - uncertain > self.tolerance and (change > 0 or multiplier > FREE)
-            drifting = drifted > self.drift * max(multiplier, SMALL * largest, FREE)
-            if not held or slack or moving or drifting:
+            if not held or slack:
                 return None
             worst = max(worst, abs(violation) if multiplier > FREE else violation)
+        return worst
+
+    def _still(self, courses: list[ConstraintCourse]) -> bool:
+        largest = max(float(course.multipliers.mean()) for course in courses)
+        for course in courses:
+            multiplier, drifted = float(course.multipliers.mean()), abs(line(course.multipliers)[0])
+            change, uncertain = course.change
+            moving = abs(change) - uncertain > self.tolerance and (change > 0 or multiplier > FREE)
+            if moving or drifted > self.drift * max(multiplier, SMALL * largest, FREE):
+                return False
+        return True
+
+    def _told(self, courses: list[ConstraintCourse], worst: float) -> str:
         steps = courses[0].steps
         return (
             f"over dual steps {steps[0]:.0f} to {steps[-1]:.0f} no active violation was off by more than {worst:.3g} on "
-            f"average (tolerance {self.tolerance:.3g}) and no multiplier moved by more than {self.drift:.3g} of itself"
+            f"average (tolerance {self.tolerance:.3g}), as in the {self.window // 2} that proposed this end, and no "
+            f"multiplier moved by more than {self.drift:.3g} of itself"
         )
 
     def _out_of_reach(self, course: ConstraintCourse) -> str | None:
@@ -126,8 +169,12 @@ class StoppingRule:
         if not course.stands(self.tolerance) or not (guarded or course.rise >= GROWTH):
             return None
         (change, stderr), violation = course.change, float(course.values.mean())
-        if -change + 2 * stderr >= HOPE * violation:
+        fall = max(-change + 2 * stderr, 0.0)
+        if fall >= HOPE * violation:
             return None
+        grown, still = line(course.multipliers)[0], violation + change / 2 - self.tolerance
+        if not guarded and fall / grown * (HORIZON - 1) * float(course.multipliers[-1]) >= still:
+            return None  # in sight: the dual steps are small, or there are few of them
         return (
             f"multiplier went from {course.multipliers[0]:.4g} to {course.multipliers[-1]:.4g} over {course.span}"
             f"{', at the limit of its domain,' if guarded else ''} while the violation, {violation:.4g} on average, changed "

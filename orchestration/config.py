@@ -341,11 +341,11 @@ class StoppingConfig(_Section):
     """End a trial whose multipliers grow while its violation does not fall; null: as certificate."""
     tolerance: Positive | None = None
     """Violation that training may still see, canonical units; null: half of evaluation.tolerance."""
-    window: Annotated[int, Field(ge=4)] = 10
-    """Dual steps over which a certificate has to be tight."""
+    window: Annotated[int, Field(ge=8)] = 10
+    """Dual steps over which a certificate has to be tight: a first half that proposes it, a second that confirms it."""
     drift: Positive = 0.2
     """A multiplier stands still when it changes by less than this part of itself over the window."""
-    patience: Annotated[int, Field(ge=8)] = 40
+    patience: Annotated[int, Field(ge=9)] = 40
     """Dual steps without progress after which thresholds count as out of reach."""
 
     @model_validator(mode="after")

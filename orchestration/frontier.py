@@ -396,13 +396,13 @@ def check_order(config: SweepConfig) -> None:
             f"sweep.warm_lr={sweep.warm_lr:g} with order=listed: no point starts from a neighbour; remove it, or take "
             "order path or adaptive"
         )
-    lengths = {"window": (config.early_ends[0], "certificate"), "patience": (config.early_ends[1], "infeasible")}
-    for name, (used, end) in lengths.items():
-        if used and getattr(stopping, name) > dual_steps:
+    most = {"window": dual_steps - config.measure.window + 1, "patience": dual_steps}
+    for name, used, end in zip(most, config.early_ends, ("certificate", "infeasible"), strict=True):
+        if used and getattr(stopping, name) > most[name]:
             raise ConfigError(
                 f"stopping.{name}={getattr(stopping, name)}: a trial has {dual_steps} dual steps (primal.steps="
-                f"{config.primal.steps} over dual.primal_steps_per_dual_step={config.dual.primal_steps_per_dual_step}), "
-                f"so that it would never act; give at most {dual_steps}, more primal.steps, or stopping.{end}: false"
+                f"{config.primal.steps} over dual.primal_steps_per_dual_step={config.dual.primal_steps_per_dual_step}), so "
+                f"that it would never act; give at most {most[name]}, more primal.steps, or stopping.{end}: false"
             )
 
 

@@ -510,7 +510,8 @@ class _Trial:
         self, train: TrainState, problem: Problem, status: str, reason: str | None, finding: Finding | None
     ) -> dict[str, Any]:
         tight = finding is not None and finding.kind == "certificate"
-        at_least = self.workspace.config["stopping"]["window"] if tight else 1
+        window = self.workspace.config["stopping"]["window"]
+        last = window - window // 2 if tight else None  # as `StoppingRule.confirmed`
         begun = self.first_step and self.assignment.handed_over
         return trial_summary(
             self.workspace,
@@ -521,7 +522,7 @@ class _Trial:
             status=status,
             reason=reason,
             finding=finding,
-            averaged=averaged_multipliers(self.names, self._rows(), at_least=at_least),
+            averaged=averaged_multipliers(self.names, self._rows(), last=last),
             primal_steps=train.primal_step,
             dual_steps=train.dual_step,
             wall_seconds=time.time() - self.started,

@@ -27,10 +27,10 @@ DENSITY_CELLS = 161
 
 
 def averaged_multipliers(
-    names: Sequence[str], rows: Sequence[dict[str, Any]], *, at_least: int = 1
+    names: Sequence[str], rows: Sequence[dict[str, Any]], *, last: int | None = None
 ) -> dict[str, float]:
-    """Mean over the last third of the dual steps, or `at_least` so many: what noisy multipliers settle around."""
-    late = [row["multipliers"] for row in rows[-max(at_least, len(rows) // 3) :]]
+    """Mean over the last third of the dual steps, or the `last` ones: what noisy multipliers settle around."""
+    late = [row["multipliers"] for row in rows[-(last or max(1, len(rows) // 3)) :]]
     return dict(zip(names, np.mean(late, axis=0).tolist(), strict=True)) if names and late else {}
 
 

@@ -211,7 +211,7 @@ def test_the_printed_schema_accepts_the_examples_and_refuses_an_unknown_key(monk
                 jsonschema.validate(wrong, schema)
 
 
-SHARED = ["primal.steps=300", "dual.step_size=0.5", "thresholds.grid.minority=[0.3]", "formulation.levels=8", "baselines.unconstrained=false", "compute.workers=2", "evaluation.num_samples=99", "tracking.experiment=e", "storage=elsewhere", "name=other", "measure.window=1", "scheduler.kind=asha", "checkpoint_every_dual_steps=3", "divergence.factor=100", "sweep.order=path", "stopping.window=5"]  # fmt: skip
+SHARED = ["primal.steps=300", "dual.step_size=0.5", "thresholds.grid.minority=[0.3]", "formulation.levels=8", "baselines.unconstrained=false", "compute.workers=2", "evaluation.num_samples=99", "tracking.experiment=e", "storage=elsewhere", "name=other", "measure.window=1", "scheduler.kind=asha", "checkpoint_every_dual_steps=3", "divergence.factor=100", "sweep.order=path", "stopping.window=9"]  # fmt: skip
 ITS_OWN = ["seed=1", "data.minority.keep=0.2", "data.minority.classes=[4]", "data.seed=1", "data.held_out=0.3", "data.size=16", "model.channels=[8]", "model.attention=[true, false]", "schedule.kind=squaredcos_cap_v2", "schedule.num_train_timesteps=500", "pretrain.steps=300", "pretrain.lr=0.5", "pretrain.ema_decay=0.5", "pretrain.num_shards=2"]  # fmt: skip
 
 

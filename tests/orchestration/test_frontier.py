@@ -302,7 +302,7 @@ SHORT = {"primal": {"steps": 300}, "dual": {"rule": "ascent", "step_size": 0.1, 
     [
         ({"sweep": {"order": "listed", "chains": 2}}, "sweep.chains=2 with order=listed"),
         ({"sweep": {"order": "listed", "warm_lr": 0.5}}, "sweep.warm_lr=0.5 with order=listed"),
-        ({**SHORT, "stopping": {"window": 31, "patience": 32}}, "stopping.window=31: a trial has 30 dual steps"),
+        ({**SHORT, "stopping": {"window": 30, "patience": 32}}, "stopping.window=30: a trial has 30 dual steps"),
         ({**SHORT, "stopping": {"patience": 31}}, "stopping.patience=31: a trial has 30 dual steps"),
         ({**SHORT, "sweep": {"order": "listed"}, "stopping": {"infeasible": True}}, "stopping.patience=40"),
     ],
@@ -315,7 +315,7 @@ def test_settings_without_an_effect_are_refused(section, said):
 @pytest.mark.parametrize(
     "section",
     [
-        {**SHORT, "stopping": {"window": 30, "infeasible": False}},
+        {**SHORT, "stopping": {"window": 29, "infeasible": False}},
         {**SHORT, "stopping": {"patience": 30}},
         {**SHORT, "sweep": {"order": "listed"}},
         {"primal": {"steps": 800}, "sweep": {"order": "path", "chains": 2, "warm_lr": 0.5}},
@@ -497,8 +497,8 @@ def test_a_stricter_point_that_is_solved_after_all_takes_the_end_back():
 
 def test_a_relaxed_point_is_started_from_where_it_was_relaxed_to():
     """A resilient rule holds its thresholds plus relaxations: judged and aimed at so."""
-    first, second = points_of(config())[1:3]
-    intervals = dict.fromkeys(NAMES, [0.4, 0.6])
+    first = points_of(config())[1]
+    intervals = {name: [0.4, 0.6] for name in NAMES}
     certificate = {"verdict": "infeasible", "tolerance": 0.1, "intervals": intervals}
     broken = result_of(first, certificate=certificate, relaxations=dict.fromkeys(NAMES, 0.2))
     assert outcome_of(broken) is None and outcome_of({**broken, "relaxations": dict.fromkeys(NAMES, 0.0)}) is None

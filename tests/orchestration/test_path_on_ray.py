@@ -38,7 +38,7 @@ VALUES = {
     "thresholds": {"unit": "share", "grid": {"minority": SHARES}},
     "sweep": {"order": "path", "chains": 2},
     # Loose enough that most points end early, and not all at the same dual step.
-    "stopping": {"tolerance": 1.0, "drift": 0.5, "window": 5, "patience": 30},
+    "stopping": {"tolerance": 1.0, "drift": 0.5, "window": 8, "patience": 30},
     "evaluation": {"num_samples": 256, "num_sampling_steps": 4, "noise_levels": 6, "tolerance": 3.0},
     "compute": {"workers": 0, "concurrent_trials": 2},
     "checkpoint_every_dual_steps": 3,
