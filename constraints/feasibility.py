@@ -52,6 +52,7 @@ class Certificate:
     duality_gap: float | None = None
     duality_gap_stderr: float | None = None
     symptoms: tuple[str, ...] = ()
+    no_duality_gap: str | None = None  # why there is none
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
@@ -92,6 +93,7 @@ def certify(
     *,
     objective: tuple[float, float] | None = None,
     dual_value: tuple[float, float] | None = None,
+    no_dual_value: str | None = None,
     symptoms: Iterable[object] = (),
 ) -> Certificate:
     """Feasible if every violation is shown to be <= tolerance, infeasible if one is shown to be above, else undecided.
@@ -109,6 +111,7 @@ def certify(
         objective: value of the objective at the model and its standard error; on the simplex, the largest violation.
         dual_value: g at ``state.multipliers`` without the thresholds (module docstring) and its standard error. With
             both a duality gap is reported; its standard error takes the two estimates to be independent.
+        no_dual_value: why there is no dual value, kept as text.
         symptoms: what ``find_symptoms`` saw, kept as text.
     Raises: ValueError naming the constraints with a non-finite number, or a bad shape or range.
     """
@@ -135,6 +138,7 @@ def certify(
         "saturated": saturated,
         "duality_gap": gap,
         "duality_gap_stderr": gap_stderr,
+        "no_duality_gap": no_dual_value if gap is None else None,
         "symptoms": tuple(str(symptom) for symptom in symptoms),
     }
     if not names:

@@ -158,8 +158,9 @@ def evaluate_trial(
             canonical.counts,
             tolerance=evaluation["tolerance"],
             confidence=evaluation["confidence"],
-            objective=(objective.value, objective.stderr) if dual_value else None,
+            objective=(objective.absolute or (objective.value, objective.stderr)) if dual_value else None,
             dual_value=dual_value,
+            no_dual_value=None if dual_value else judge.no_dual_value,
             symptoms=symptoms,
         ).to_dict()
     folder.mkdir(parents=True, exist_ok=True)

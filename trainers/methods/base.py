@@ -77,6 +77,7 @@ class Objective:
     meaning: str
     errors: np.ndarray | None = None  # per held-out sample, to compare runs pair by pair
     unit: str = "nats"
+    absolute: tuple[float, float] | None = None  # the objective and its error where `value` is above the pretrained model's
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ class Method:
     conditional_units: ClassVar[tuple[str, ...]] = ()  # units whose metric alone needs that
     needs_sets: ClassVar[bool] = True  # its constraints are about sets of data
     objective_name: ClassVar[str] = "denoising loss on the main set"
+    no_dual_value: ClassVar[str] = "the minimum of its Lagrangian is not known"  # why `dual_value` is None, where it is
     starts_optimal: ClassVar[bool] = False  # without constraints the pretrained model is the answer: nothing to train
 
     def __init__(self, setting: Setting) -> None:
@@ -380,7 +382,10 @@ class Method:
         save_model(denoiser, self.setting.schedule, folder)
 
     def dual_value(self, multipliers: np.ndarray) -> tuple[float, float] | None:
-        """Minimum over all models of objective + multipliers . canonical metrics, nats, and its standard error."""
+        """Minimum over all models of objective + multipliers . canonical metrics, nats, and its standard error.
+
+        The objective is `Objective.absolute` where there is one, else its value. None: not known.
+        """
         return None
 
     # -- ground truth -----------------------------------------------------------------------------------------------

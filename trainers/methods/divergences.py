@@ -6,18 +6,22 @@ of q^i. Both see the same noised samples, so what it says does not depend on how
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from dualsweep.constraints import Constraint
+from dualsweep.datasets import GaussianMixture
 from dualsweep.trainers.estimators import MAX_ROWS, Predictor, point_kl
-from dualsweep.trainers.evaluate import EVALUATION_COUNTER
+from dualsweep.trainers.evaluate import EVALUATION_COUNTER, weighted_errors
+from dualsweep.trainers.formulations import ForwardKL
 from dualsweep.trainers.labellers import Labeller
-from dualsweep.trainers.methods.base import Method
+from dualsweep.trainers.methods.base import Method, Objective
 from dualsweep.trainers.metrics import Draws, Measurement, clustered_measurement, rounds
-from dualsweep.trainers.oracles import Oracle, forward_kl
+from dualsweep.trainers.noise_schedule import NoiseSchedule
+from dualsweep.trainers.oracles import Oracle, forward_kl, oracle_at
 
 MOST_NUMBERS = 2**20  # of the noised samples in one forward: 8192 points of the plane, 341 images of 3x32x32
 
@@ -29,6 +33,11 @@ class DivergenceConstraints(Method):
     """
 
     conditional_units = ("nats",)
+    at_least: ClassVar[bool] = False  # the divergences are to grow: the multipliers enter the Lagrangian with a minus sign
+    no_dual_value = (
+        "KL(q||p) itself and the minimum of the Lagrangian are known for Gaussian mixtures alone, in shares or nats and at "
+        "multipliers inside their domain; of other data KL(q||p) is known above the pretrained model's only"
+    )
     defaults: ClassVar = {"levels": 32}  # log-SNR levels of a divergence
 
     def law(self, name: str) -> Predictor:
@@ -153,6 +162,48 @@ class DivergenceConstraints(Method):
             return clustered_measurement(rows, len(self.setting.names))
         return super().measurement(rows, multipliers)
 
+    # -- the certificate ----------------------------------------------------------------------------------------------
+
+    def objective(
+        self, denoiser: torch.nn.Module, multipliers: torch.Tensor, *, evaluation: Mapping[str, Any], base_errors
+    ) -> Objective:
+        """Of a known law also KL(q||p) itself: above what the exact noise prediction has on the same draws."""
+        found = super().objective(denoiser, multipliers, evaluation=evaluation, base_errors=base_errors)
+        setting = self.setting
+        if getattr(setting.data, "mixture", None) is None:
+            return found
+        key = ("errors of the exact prediction", evaluation["noise_levels"], setting.seed)
+        if key not in setting.cache:
+            setting.cache[key] = weighted_errors(
+                _KnownLaw(setting.data.mixture, setting.schedule),
+                setting.data.held_out_main.samples,
+                setting.schedule,
+                levels=evaluation["noise_levels"],
+                seed=setting.seed,
+                batch_size=evaluation["batch_size"],
+            )
+        gap = found.errors - setting.cache[key]
+        return replace(found, absolute=(float(gap.mean()), float(gap.std(ddof=1) / np.sqrt(len(gap)))))
+
+    def dual_value(self, multipliers: np.ndarray) -> tuple[float, float] | None:
+        """Of known mixtures. In shares that of class restrictions (methods.md H1, H3), for components that hardly overlap."""
+        setting, signed = self.setting, -multipliers if self.at_least else multipliers
+        if self.mixtures is None or not setting.names:
+            return None
+        if setting.unit == "nats" and self.mixtures[0].dim <= 2:
+            try:
+                return oracle_at(ForwardKL(*self.mixtures, at_least=self.at_least), multipliers).dual_value, 0.0
+            except ValueError:  # outside the domain
+                return None
+        classes = [setting.data.constraint_classes.get(name) for name in setting.names]
+        prior = np.array([setting.data.prior.get(index, 0.0) for index in classes])
+        weights, total = prior + signed, 1 + signed.sum()
+        if setting.unit != "share" or (prior <= 0).any() or (weights <= 0).any() or total <= 0:
+            return None
+        metrics = -np.log(weights / total)
+        objective = prior @ (np.log(prior) + metrics) + (1 - prior.sum()) * np.log(total)
+        return float(objective + signed @ metrics), 0.0
+
     def class_density(
         self, constraints: Sequence[Constraint], shifts: np.ndarray
     ) -> Callable[[np.ndarray], np.ndarray] | None:
@@ -185,3 +236,16 @@ class DivergenceConstraints(Method):
             except ValueError:
                 solved[thresholds] = None
         return solved[thresholds]
+
+
+class _KnownLaw(torch.nn.Module):
+    """The exact noise prediction of a Gaussian mixture, as a model without weights."""
+
+    def __init__(self, mixture: GaussianMixture, schedule: NoiseSchedule) -> None:
+        super().__init__()
+        self.mixture, self.schedule = mixture, schedule
+        self.place = torch.nn.Parameter(torch.zeros(1))  # tells callers the device
+
+    def forward(self, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        alpha_bar = self.schedule.alpha_bar[timestep.numpy()]
+        return torch.from_numpy(self.mixture.noise_prediction(x_t.numpy(), alpha_bar))

@@ -38,6 +38,7 @@ from dualsweep.trainers.oracles import Oracle
 class UnlearnForwardKL(DivergenceConstraints):
     name = "unlearn_forward_kl"
     units = ("share", "nats", "loss")
+    at_least = True
     defaults: ClassVar = {**DivergenceConstraints.defaults, "gradient_norm": None, "loss_ceiling": None}
 
     @classmethod
@@ -105,7 +106,8 @@ class UnlearnForwardKL(DivergenceConstraints):
 
     def primal_loss(self, denoiser: torch.nn.Module, batch: Batch, multipliers: torch.Tensor) -> PrimalTerms:
         options, normalize = self.setting.options, self.setting.optimizer.get("normalize", True)
-        if not _bounded(options) and not bool(multipliers.sum() < 1):
+        # Preflight and the domain see to it; looked at again where that costs no synchronisation.
+        if multipliers.device.type == "cpu" and not _bounded(options) and not bool(multipliers.sum() < 1):
             raise ValueError(
                 f"multipliers={multipliers.tolist()}: their sum reaches 1, beyond the mass of all sets in main, and that "
                 "Lagrangian has no minimum; lower dual.start or baselines.fixed_weights"
