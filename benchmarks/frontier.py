@@ -50,9 +50,9 @@ def run_arm(job: ArmJob, folder: Path) -> Finished:
     """`run`, with the job's course. No sweep needs it, so that no setting has it."""
     own = loop._Trial._lr_course
 
-    def lr_course(trial: loop._Trial) -> dict:
+    def lr_course(trial: loop._Trial, train: loop.TrainState) -> dict:
         if job.course is None or trial.is_base or trial.assignment.start is not None:
-            return own(trial)
+            return own(trial, train)
         rate, steps = job.course
         short = {"lr": rate * trial.optimizer["lr"], "steps": steps, "final_lr_fraction": loop.WARM_END}
         return {**trial.optimizer, **short}

@@ -48,7 +48,7 @@ from dualsweep.trainers.results import (
     trial_summary,
 )
 from dualsweep.trainers.state import TrainState
-from dualsweep.trainers.store import Store
+from dualsweep.trainers.store import DamagedError, Store
 from dualsweep.trainers.workspace import Workspace
 
 WARM_END = 0.1  # of the learning rate that a warm start begins with, once `sweep.warm_steps` are over
@@ -88,6 +88,7 @@ class _Trial:
         self.reply: Reply  # the newest answer
         self.in_use: tuple[float, ...]  # multipliers of the primal steps: the newest answer's, or the one's before it
         self.ends = ExitStack()  # what must not outlive the trial
+        self.lost = ""  # why the neighbour's model cannot be started from
         self._under_way: tuple[int, Callable[[], Reply] | None] | None = None  # dual step, and rank 0's wait for it
 
     def run(self) -> dict[str, Any] | None:
@@ -100,9 +101,12 @@ class _Trial:
         workspace.fill(self._neighbour() or base)
         workspace.reset_scaler()
         trained, ema = workspace.modules()
-        train = TrainState(trained, ema, self._lr_course(), workspace.accelerator.scaler)
+        train = TrainState(trained, ema, self.optimizer, workspace.accelerator.scaler)
+        if self.lost:
+            train.extra["without_neighbour"] = True
         problem = self._problem()
         self.reply = self._begin(train, problem)
+        train.follow(self._lr_course(train))
         self.in_use = tuple(train.extra.get("multipliers_in_use", self.reply.multipliers))
         multipliers = torch.tensor(self.in_use, dtype=torch.float32, device=workspace.device)
         detector, stopping = self._detector(train), self._stopping(train, problem)
@@ -215,10 +219,11 @@ class _Trial:
             return rule, [self.assignment.start["multipliers"][name] for name in self.names]
         return rule, [dual["start"]] * len(self.names)
 
-    def _lr_course(self) -> dict[str, Any]:
+    def _lr_course(self, train: TrainState) -> dict[str, Any]:
         """Settings of the optimizer; a warm start need not go the way from the pretrained model again."""
         sweep = self.workspace.config["sweep"]
-        if self.assignment.start is None or sweep["warm_lr"] is None:
+        cold = self.assignment.start is None or train.extra.get("without_neighbour", False)
+        if cold or sweep["warm_lr"] is None:
             return self.optimizer
         course = {"lr": sweep["warm_lr"] * self.optimizer["lr"], "final_lr_fraction": 1.0}
         if sweep["warm_steps"] is not None:
@@ -228,11 +233,23 @@ class _Trial:
     def _neighbour(self) -> Denoiser | None:
         """The model of the solved grid point that this one starts from; None: from the pretrained model.
 
-        Raises: ValueError naming its folder when it cannot be loaded.
+        A model that is gone or damaged will be so at every retry: `lost` then says why, for all workers alike.
         """
         if self.assignment.start is None or not self.method.trains:
             return None
         folder = self.folder.parent / self.assignment.start["trial"] / "model"
+
+        def trouble() -> str:
+            try:
+                self.store.fetch(folder)
+                load_model(folder)
+            except (ValueError, DamagedError) as error:
+                return str(error)
+            return ""
+
+        self.lost = self._agree(trouble)
+        if self.lost:
+            return None
         self.store.fetch(folder)
         return load_model(folder)
 
@@ -265,6 +282,9 @@ class _Trial:
         if self.workspace.rank == 0:
             for _, error in passed:
                 text = f"{error}; removed, and {f'gone on from {checkpoint.name}' if checkpoint else 'begun again'}"
+                self.dual.note(self.assignment.trial_id, self.assignment.attempt, text)
+            if self.lost and checkpoint is None:
+                text = f"begun from the pretrained model, with its neighbour's multipliers: {self.lost}"
                 self.dual.note(self.assignment.trial_id, self.assignment.attempt, text)
         return reply
 

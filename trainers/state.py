@@ -58,6 +58,11 @@ class TrainState:
         progress = min(1.0, (self.primal_step - warmup) / max(1, steps - warmup))
         return self.config["lr"] * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress)))
 
+    def follow(self, optimizer_config: dict[str, Any]) -> None:
+        """Take the course of the learning rate that these settings give, at the step where the run is."""
+        self.config = optimizer_config
+        self._set_lr()
+
     def advance(self) -> None:
         """After an update: EMA, counter, learning rate."""
         self.ema.step(self.denoiser.parameters())

@@ -171,9 +171,34 @@ def test_a_checkpoint_of_another_start_is_refused(runs):
             runs.run(trial, start=start_from(values=(0.3, 0.3)), attempt=2)
 
 
-def test_a_neighbour_without_a_model_is_an_error_that_names_it(runs):
-    with pytest.raises(ValueError, match="trials/nobody/model"):
-        runs.run("orphan", start=start_from("nobody"))
+def test_a_neighbour_without_a_model_is_replaced_by_the_pretrained_one_and_said(runs):
+    still = {"primal": {"lr": 1e-30, "weight_decay": 0.0}}
+    dual = Directing()
+    assert runs.run("orphan", dual, still, start=start_from("nobody"))["status"] == "completed"
+    assert dual.starts == [[0.31, 0.17]]  # the multipliers are in the assignment
+    (note,) = dual.ledger.book("orphan").notes
+    assert "begun from the pretrained model" in note and "trials/nobody/model" in note
+    runs.run("no-orphan", Directing(), still)
+    assert runs.weights("orphan") == runs.weights("no-orphan")
+
+
+@pytest.mark.parametrize("lost", ["before", "after"])
+def test_a_resume_keeps_the_course_that_a_lost_neighbour_gave_it(runs, lost):
+    """Of its own where the model was gone from the start, the warm one where it went after a checkpoint."""
+    settings = {"sweep": {"order": "path", "warm_lr": 0.5}, "stopping": {"certificate": False}}
+    model = runs.folder / "trials" / f"source-{lost}" / "model"
+    shutil.copytree(runs.folder / "trials" / "source" / "model", model)
+    if lost == "before":
+        shutil.rmtree(model)
+    dual = Directing(at=7)
+    assert runs.run(f"lost-{lost}", dual, settings, start=start_from(f"source-{lost}")) is None
+    shutil.rmtree(model, ignore_errors=True)
+    if lost == "before":
+        shutil.copytree(runs.folder / "trials" / "source" / "model", model)
+    runs.run(f"lost-{lost}", dual, settings, start=start_from(f"source-{lost}"), attempt=2)
+    rates = [row["lr"] / 1e-3 for row in dual.trace(f"lost-{lost}")]
+    assert (rates[0], rates[-1]) == pytest.approx((1.0, 0.1) if lost == "before" else (0.5, 0.5), rel=0.05)
+    assert len(dual.ledger.book(f"lost-{lost}").notes) == (lost == "before")
 
 
 def test_a_tight_certificate_ends_a_trial_and_it_is_evaluated(runs):
