@@ -191,7 +191,7 @@ class FormulationConfig(_Section):
     num_sampling_steps: Annotated[int, Field(ge=2)] | None = None
     """alignment, unlearn_likelihood: steps of the stochastic chain that is trained."""
     levels: Annotated[int, Field(ge=4)] | None = None
-    """Log-SNR levels of divergences and likelihood ratios."""
+    """Log-SNR levels of divergences and likelihood ratios; ratios of images take at least 64."""
     ratio_clip: Positive | None = None
     """unlearn_likelihood: likelihood ratios above it count as it."""
     langevin_steps: Annotated[int, Field(ge=0)] | None = None

@@ -43,9 +43,7 @@ def test_the_gap_closes_at_the_optimum_and_nowhere_else(data, make_setting, exac
         Constraint(name=name, unit=unit, threshold=float(value), sense=sense)
         for name, value in zip(NAMES, thresholds, strict=True)
     )
-    problem = Problem(
-        method=kind.name, objective="nats", constraints=constraints, domain=method.domain(constraints)
-    )
+    problem = Problem(method=kind.name, objective="nats", constraints=constraints, domain=method.domain(constraints))
     exact = method.exact(constraints, {"rule": "ascent"})
     state = DualState(names=NAMES, multipliers=exact.multipliers)
     signed = np.array([0.0, *exact.multipliers]) * (-1 if kind is UnlearnForwardKL else 1)

@@ -33,7 +33,9 @@ class DivergenceConstraints(Method):
     """
 
     conditional_units = ("nats",)
-    at_least: ClassVar[bool] = False  # the divergences are to grow: the multipliers enter the Lagrangian with a minus sign
+    at_least: ClassVar[bool] = (
+        False  # the divergences are to grow: the multipliers enter the Lagrangian with a minus sign
+    )
     no_dual_value = (
         "KL(q||p) itself and the minimum of the Lagrangian are known for Gaussian mixtures alone, in shares or nats and at "
         "multipliers inside their domain; of other data KL(q||p) is known above the pretrained model's only"
