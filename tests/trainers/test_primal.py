@@ -3,14 +3,18 @@
 import copy
 import itertools
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.multiprocessing
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from torch import distributed
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualsweep.trainers.bad_numbers import DeferredChecks
@@ -373,6 +377,54 @@ def test_ranks_sum_their_gradients_in_the_last_part_alone(accelerator):
         make_train(), fairness(), first, MULTIPLIERS, accelerator=Recording(), grad_clip=1.0, further=further
     )
     assert events == ["alone", "backward", "together"] * 2 + ["backward"]
+
+
+class Wrapped:
+    """What `Accelerator` does for two workers on CPUs; the real one takes its ranks from the environment once a process."""
+
+    num_processes, scaler = 2, None
+    autocast = staticmethod(nullcontext)
+    clip_grad_norm_ = staticmethod(torch.nn.utils.clip_grad_norm_)
+    backward = staticmethod(torch.Tensor.backward)
+
+    def no_sync(self, model):
+        return model.no_sync()
+
+
+def step_of_one_rank(rank, group, parts, weights, reductions) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{group}", rank=rank, world_size=2)
+    train = make_train()
+    train.denoiser = DistributedDataParallel(train.denoiser)
+
+    def summed(state, bucket):
+        reductions[rank] += 1
+        return default_hooks.allreduce_hook(state, bucket)
+
+    train.denoiser.register_comm_hook(None, summed)
+    first, *further = parts[rank]
+    primal_step(train, fairness(), first, MULTIPLIERS, accelerator=Wrapped(), grad_clip=1e9, further=further)
+    weights[rank].copy_(torch.cat([p.grad.flatten() for p in train.denoiser.parameters()]))
+    distributed.destroy_process_group()
+
+
+def test_two_ranks_with_unequal_numbers_of_parts_have_the_gradient_of_the_whole_batch(accelerator, tmp_path):
+    alone, batch = make_train(), make_batch(0)
+    take_step(alone, accelerator, batch)
+    expected = torch.cat([p.grad.flatten() for p in alone.denoiser.parameters()])
+    one, two, three = parts_of(batch)
+    found = torch.zeros(2, len(expected)).share_memory_()
+    reductions = torch.zeros(2, dtype=torch.int64).share_memory_()
+    context = torch.multiprocessing.get_context("fork")  # a spawned worker would import torch for seconds
+    arguments = (tmp_path / "group", [[one, two], [three]], found, reductions)
+    ranks = [context.Process(target=step_of_one_rank, args=(rank, *arguments)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+        assert rank.exitcode == 0
+    assert reductions.tolist() == [1, 1]
+    for gradient in found:
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)  # float32 sums in another order
 
 
 def test_a_bad_sample_of_a_later_part_is_named_at_its_place_in_the_whole_batch(accelerator):
