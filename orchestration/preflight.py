@@ -12,7 +12,6 @@ from dualsweep.orchestration.journal import read_journal
 from dualsweep.orchestration.points import search_settings
 from dualsweep.orchestration.storage import bring, check_storage, impatient, open_store
 from dualsweep.orchestration.tracking import check_tracking, resolve_tracking_uri
-from dualsweep.trainers.checkpoints import newest_checkpoint
 from dualsweep.trainers.methods import METHODS, Method
 from dualsweep.trainers.models import check_image_size, load_model
 from dualsweep.trainers.store import Store
@@ -67,7 +66,7 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
             check_fits_locally(config.compute)
         if resume:
             bring(impatient(store), config.name, models=True)
-            _check_resumable(folder, store)
+            read_journal(folder / "journal.jsonl")
         if not resume:  # a resume goes on without it
             check_tracking(tracking_uri, timeout=8.0)
     except ConfigError:
@@ -172,18 +171,6 @@ def _taken(store: Store, name: str) -> bool:
     if store.uri is None:
         return (store.root / name).exists()
     return impatient(store).exists(store.root / name / "sweep.yaml")
-
-
-def _check_resumable(folder: Path, store: Store) -> None:
-    """What a resume goes on from is whole. Raises: ValueError naming the damaged file.
-
-    Remote checkpoints are checked by whoever fetches them; those left on this node count for nothing.
-    """
-    read_journal(folder / "journal.jsonl")
-    if store.uri is not None:
-        return
-    for trial in sorted((folder / "trials").glob("*")):
-        newest_checkpoint(trial, None)
 
 
 def fresh_name(config: SweepConfig) -> SweepConfig:

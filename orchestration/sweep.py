@@ -409,7 +409,8 @@ def _only_driver(plan: Plan) -> Iterator[None]:
 
 @contextlib.contextmanager
 def driver_lock(folder: Path, remedy: str) -> Iterator[None]:
-    """One driver a sweep; the lock goes with the process. Raises: ConfigError when another one holds the folder."""
+    """One driver a sweep; the lock goes with the process. Raises: ConfigError when another one holds the folder,
+    or nobody can."""
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + LOCK_S
     with open(folder / "driver.lock", "a", encoding="utf-8") as lock:
@@ -417,11 +418,16 @@ def driver_lock(folder: Path, remedy: str) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
+            except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise ConfigError(
                         f"name: sweep {folder.name!r} is being run by another process; {remedy}"
                     ) from None
+            except OSError as error:
+                raise ConfigError(
+                    f"storage: {folder / 'driver.lock'} cannot be locked ({os.strerror(error.errno or 0)}); mount the file system "
+                    "with locks, or give another folder with storage=PATH"
+                ) from None
             time.sleep(0.05)
         yield
 

@@ -14,11 +14,6 @@ _STEP = re.compile(r"step-\d{6}")
 _PART = re.compile(r".*\.part(\d+)")
 
 
-def newest_checkpoint(folder: Path, fingerprint: str | None) -> Path | None:
-    """The newest local checkpoint that is whole. Raises: CheckpointError when there are some but none can be used."""
-    return find_checkpoint(folder, fingerprint, Store(folder))[0]
-
-
 def find_checkpoint(
     folder: Path, fingerprint: str | None, store: Store, *, at_most: int | None = None
 ) -> tuple[Path | None, list[tuple[Path, CheckpointError]]]:

@@ -177,9 +177,17 @@ def save_model(denoiser: Denoiser, schedule: NoiseSchedule, folder: Path) -> Non
 def load_model(folder: str | Path) -> Denoiser:
     """Read what `save_model` wrote, or any diffusers folder or hub name that holds a UNet2DModel.
 
+    Its dropout is switched off: it draws from a generator that is in no checkpoint, so a resumed run would be another one.
     Raises: ValueError naming the folder when it is not such a model.
     """
-    folder = str(folder)
+    denoiser = _read_model(str(folder))
+    for module in denoiser.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return denoiser
+
+
+def _read_model(folder: str) -> Denoiser:
     index = Path(folder) / "model_index.json"
     try:
         if index.is_file():

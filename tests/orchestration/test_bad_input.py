@@ -4,6 +4,8 @@ Every case goes through the command line's entry point. The good side is tested 
 """
 
 import contextlib
+import errno
+import fcntl
 import io
 import json
 import os
@@ -28,6 +30,7 @@ from dualsweep.orchestration import cluster, sweep
 from dualsweep.orchestration.config import SweepConfig, load_config
 from dualsweep.orchestration.journal import Journal
 from dualsweep.orchestration.preflight import preflight
+from dualsweep.orchestration.storage import is_running
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAN, INF = float("nan"), float("inf")
@@ -606,7 +609,8 @@ def test_damaged_points_are_refused_by_status(desk):
     assert "sweep 'done'" in desk.refused("status", "done", "--storage", desk.storage)
 
 
-def test_resuming_from_a_corrupted_checkpoint_is_refused(desk):
+def test_a_corrupted_checkpoint_is_left_to_the_trial_it_belongs_to(desk):
+    """It fails by name (see test_loop), or is over already, and the others are resumed."""
     desk.finished_config()
     checkpoint = desk.storage / "done" / "trials" / "share-1" / "checkpoints" / "step-000010"
     checkpoint.mkdir(parents=True)
@@ -614,8 +618,21 @@ def test_resuming_from_a_corrupted_checkpoint_is_refused(desk):
     (checkpoint / "state.json").write_text(
         json.dumps({"version": 1, "sha256": "0" * 64, "fingerprint": "x"}), encoding="utf-8"
     )
-    said = desk.refused("resume", "done", "--storage", desk.storage)
-    assert str(checkpoint) in said and "corrupted" in said and "remove the folder" in said
+    with pytest.raises(RayStarted):
+        desk.call("resume", "done", "--storage", desk.storage)
+
+
+@pytest.mark.parametrize("command", ["resume", "sync"])
+def test_a_file_system_without_locks_is_not_taken_for_another_driver(command, desk, monkeypatch):
+    desk.finished_config()
+
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    said = desk.refused(command, "done", "--storage", desk.storage)
+    assert "driver.lock cannot be locked (No locks available)" in said and "storage" in said
+    assert not is_running(desk.storage / "done")
 
 
 def test_an_interrupted_sweep_in_order_gets_as_far_as_ray(desk):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, UNet2DModel
 
 from dualsweep.trainers import models
 from dualsweep.trainers.models import (
@@ -189,3 +189,12 @@ def test_images_too_many_for_the_cache_go_through_in_several_forwards_with_the_s
     torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-5)  # float32, maybe other kernels
     for one, other in zip(added, gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)  # and sums over pixels in another order
+
+
+def test_a_pretrained_models_dropout_is_off_so_that_a_resumed_run_is_the_same(tmp_path):
+    network = make(UNET, (1, 8, 8)).network
+    fields = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    UNet2DModel(**{**fields, "dropout": 0.5}).save_pretrained(tmp_path)
+    denoiser, x_t = load_model(tmp_path).train(), torch.ones(2, 1, 8, 8)
+    first, second = (denoiser(x_t, torch.tensor([3, 7])) for _ in range(2))
+    assert torch.equal(first, second)

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from dualsweep.datasets import Streams
-from dualsweep.trainers.checkpoints import newest_checkpoint
+from dualsweep.trainers.checkpoints import find_checkpoint
 from dualsweep.trainers.methods.base import Batch
 from dualsweep.trainers.methods.fairness import Fairness
 from dualsweep.trainers.models import Denoiser, MLPDenoiser
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.primal import primal_step
 from dualsweep.trainers.state import CheckpointError, TrainState, read_checkpoint_meta
+from dualsweep.trainers.store import Store
 
 CONFIG = {
     "lr": 1e-2,
@@ -109,6 +110,10 @@ def test_a_checkpoint_before_the_first_step_restores_an_untouched_optimizer(tmp_
     assert resumed.restore(tmp_path / "step-000000", fingerprint="mine") is None
     assert content(resumed) == content(fresh)
     assert not resumed.optimizer.state
+
+
+def newest_checkpoint(folder, fingerprint):
+    return find_checkpoint(folder, fingerprint, Store(folder))[0]
 
 
 def flip(path, position: float):
