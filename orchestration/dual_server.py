@@ -72,27 +72,15 @@ class DualServer:
                 if assignment is None:
                     return None
                 book = self.ledger.book(assignment["trial_id"])
-                # One lease too many is forgiven: it may be of a group that died while it waited here, and got no answer.
-                spent = book.attempt + max(book.leases - 1, 0)
-                if (
-                    (book.status == "running" or book.leases)
-                    and book.status not in FINAL
-                    and spent >= book.attempt_limit
-                ):
-                    how = (
-                        f"died in each of {book.attempt} attempts"
-                        if book.attempt
-                        else "never got as far as its first step"
-                    )
-                    if book.attempt and book.leases > 1:
-                        how += f", and {book.leases} times before an attempt began"
-                    error = f"its workers {how}, without a Python error; look at memory and at the Ray logs"
+                if (error := _no_more_tries(book)) is not None:
                     await self._perform(
                         [{"kind": "end", "trial": book.trial_id, "status": "failed", "result": None, "error": error}]
                     )
                 if assignment["trial_id"] != finished and book.status not in FINAL and not self._halting:
                     if assignment["kind"] == "base" or await self._has_base(assignment["base_dir"]):
                         await self._perform([{"kind": "leased", "trial": book.trial_id}])
+                        if self.ledger.slots[slot] is not assignment:  # the slot has got another one meanwhile
+                            continue
                         return {**assignment, "attempt": book.attempt + 1, "known_steps": len(book.rows)}
                     await self._give_up_without_base(assignment["trial_id"])
             await self._wait(slot)
@@ -331,6 +319,20 @@ class DualServer:
             waiters.discard(waiter)
             if not waiters:
                 del self._waiting[key]
+
+
+def _no_more_tries(book: TrialBook) -> str | None:
+    """Why a trial whose workers died is not handed out again; None: it may be.
+
+    One lease that no attempt followed is free: it may have been given to a group that died while it waited for it.
+    """
+    died = book.status == "running" or (book.status not in FINAL and book.leases > 0)
+    if not died or book.attempt + max(book.leases - 1, 0) < book.attempt_limit:
+        return None
+    how = f"died in each of {book.attempt} attempts" if book.attempt else "never got as far as its first step"
+    if book.attempt and book.leases > 1:
+        how += f", and {book.leases} times before the next one began"
+    return f"its workers {how}, without a Python error; look at memory and at the Ray logs"
 
 
 def watched(book: TrialBook, cursor: int) -> dict[str, Any]:

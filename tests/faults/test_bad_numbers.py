@@ -30,7 +30,7 @@ from dualsweep.trainers.methods import METHODS, alignment
 from dualsweep.trainers.worker import serve
 from dualsweep.trainers.workspace import Workspace
 
-PRIMAL_STEPS, INTERVAL, BATCH = 12, 2, 16
+PRIMAL_STEPS, INTERVAL, BATCH, CHECKPOINT_EVERY = 12, 2, 16, 2
 MAX_FAILURES = 2  # compute.max_failures unless a test says else
 VALUES = {
     "name": "faults",
@@ -57,7 +57,7 @@ VALUES = {
     "measure": {"num_samples": 24, "num_sampling_steps": 4},
     "evaluation": {"num_samples": 48, "num_sampling_steps": 4, "noise_levels": 6, "grid_samples": 9},
     "thresholds": {"unit": "share", "grid": {"minority": [0.3]}},
-    "checkpoint_every_dual_steps": 2,
+    "checkpoint_every_dual_steps": CHECKPOINT_EVERY,
 }
 REWARDS = {
     "method": "alignment",
@@ -133,6 +133,18 @@ def run_trials(folder: Path, config: SweepConfig, trials: list[str]) -> DualLedg
     worker.join(30)
     assert not worker.is_alive()
     return server.server.ledger
+
+
+def begins(folder: Path, trial_id: str) -> list[int]:
+    """The dual step that each attempt of a trial began from."""
+    records = read_journal(folder / "journal.jsonl")
+    return [r["state"]["step"] for r in records if r["kind"] == "begin" and r["trial"] == trial_id]
+
+
+def last_checkpoint(step: int) -> int:
+    """The dual step of the newest checkpoint when a primal step meets a bad number; 0 if there is none."""
+    done = (step - 1) // INTERVAL
+    return done - done % CHECKPOINT_EVERY
 
 
 def outcome(ledger: DualLedger, folder: Path, trial_id: str) -> tuple[list[dict], dict[str, bytes]]:
@@ -243,6 +255,7 @@ def test_a_number_that_is_bad_once_costs_an_attempt_and_changes_nothing(
         ledger = run_trials(tmp_path, config, ["struck"])
     book = ledger.book("struck")
     assert (book.status, book.attempt, book.error) == ("completed", 2, None)
+    assert begins(tmp_path, "struck") == [0, last_checkpoint(fault.step)]
     assert outcome(ledger, tmp_path, "struck") == undisturbed(method)
     assert [path.name for path in (tmp_path / "trials" / "struck").glob("bad_numbers*")] == ["bad_numbers-1.json"]
     assert any("non-finite" in note for note in book.notes)
@@ -256,6 +269,7 @@ def test_a_bad_calibration_is_not_kept_and_the_pretraining_goes_on_from_its_chec
         ledger = run_trials(tmp_path, config_of(**REWARDS), ["calm"])
     base = ledger.book("pretrained")
     assert (base.status, base.attempt, ledger.book("calm").attempt) == ("completed", 2, 1)
+    assert begins(tmp_path, "pretrained") == [0, 4]
     assert base.superseded_rows == 0 and any("non-finite values on {'right': 1} of 128" in note for note in base.notes)
     assert outcome(ledger, tmp_path, "calm") == undisturbed("alignment")
 
@@ -368,8 +382,8 @@ def spoilt_train_loop(plan: Plan, scaled: bool):
         from dualsweep.trainers import worker
 
         run, taken, method_of = worker.run_trial, loop.primal_step, METHODS["fairness"]
-        measure = method_of.measure
-        now = {}
+        measure, make_reward = method_of.measure, alignment.make_reward
+        now = {"armed": False}
 
         def strikes(workspace_rank, step, kind):
             rank, due, attempts, wanted = plan.get(now["trial"], (None, 0, 0, ""))
@@ -384,14 +398,36 @@ def spoilt_train_loop(plan: Plan, scaled: bool):
         def primal_step(train, method, batch, *arguments, **given):
             if strikes(now["rank"], train.primal_step + 1, "sample"):
                 batch.x_0[1, 0] = math.nan
-            return taken(train, method, batch, *arguments, **given)
+            hook = None
+            if strikes(now["rank"], train.primal_step + 1, "gradient"):
+                hook = next(train.denoiser.parameters()).register_hook(lambda gradient: gradient * math.nan)
+            now["armed"] = strikes(now["rank"], train.primal_step + 1, "reward")
+            try:
+                return taken(train, method, batch, *arguments, **given)
+            finally:
+                now["armed"] = False
+                if hook is not None:
+                    hook.remove()
 
         def spoilt_measure(method, *arguments, counter, **given):
             if strikes(now["rank"], (counter + 1) * INTERVAL, "samples of the model"):
                 raise NonFiniteError("samples of the model are not finite")
-            return measure(method, *arguments, counter=counter, **given)
+            draws = measure(method, *arguments, counter=counter, **given)
+            if strikes(now["rank"], (counter + 1) * INTERVAL, "violation"):
+                draws.rows[0, 0] = math.nan
+            return draws
+
+        def spoilt_reward(*arguments, **given):
+            reward = make_reward(*arguments, **given)
+
+            def judged(samples):
+                found = reward(samples)
+                return found.index_fill(0, torch.tensor([2]), math.nan) if now["armed"] else found
+
+            return judged
 
         worker.run_trial, loop.primal_step, method_of.measure = run_trial, primal_step, spoilt_measure
+        alignment.make_reward = spoilt_reward
         sound(job)
 
     return train_loop
@@ -444,3 +480,23 @@ def test_one_rank_of_two_meets_it_and_the_group_retries_then_fails_by_name(scale
     assert (following.status, following.attempt) == ("completed", 2), following.error
     assert len(following.rows) == PRIMAL_STEPS // INTERVAL
     assert any("samples of the model are not finite" in note for note in following.notes)
+
+
+@pytest.mark.ray
+@pytest.mark.heavy
+@pytest.mark.parametrize("kinds", [("gradient", "violation"), ("reward",)], ids=" and ".join)
+def test_one_rank_of_two_meets_another_bad_number_once_and_both_go_on_from_the_checkpoint(
+    kinds, local_ray, moment, tmp_path
+):
+    changes = REWARDS if "reward" in kinds else {}
+    config = config_of(compute={"workers": 2, "max_failures": 1}, **changes)
+    plan = {kind: (moment.randrange(2), 2 * moment.randint(3, 6), 1, kind) for kind in kinds}
+    print(plan)
+    ledger = run_group(tmp_path / "sweep", config, plan, scaled=False)
+    for kind, (_, step, _, _) in plan.items():
+        book = ledger.book(kind)
+        assert (book.status, book.attempt) == ("completed", 2), book.error
+        assert len(book.rows) == PRIMAL_STEPS // INTERVAL and any("non-finite" in note for note in book.notes)
+        assert begins(tmp_path / "sweep", kind) == [0, last_checkpoint(step)]
+        for path in (tmp_path / "sweep" / "trials" / kind).glob("checkpoints/*/tensors.safetensors"):
+            assert all(bool(torch.isfinite(tensor).all()) for tensor in load_file(path).values())

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from dualsweep.orchestration.config import SweepConfig, load_config
-from dualsweep.orchestration.journal import Journal
+from dualsweep.orchestration.journal import Journal, read_journal
 from dualsweep.orchestration.local_dual import LocalDual
 from dualsweep.trainers import loop
 from dualsweep.trainers.assignment import Assignment
@@ -219,10 +219,15 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_bits(case, mode, moment, t
     with killed_at(step, before), pytest.raises(Killed):
         run_trial(new_workspace(case, mode), killed, dying)
     dying.journal.close()
+    checkpoints = [int(path.name[5:]) for path in (tmp_path / "killed" / "checkpoints").glob("step-??????")]
 
     survivor = JournalledDual(tmp_path / "journal.jsonl")
     result = run_trial(new_workspace(case, mode), replace(killed, attempt=2), survivor)
     resumed = left_behind(killed, survivor, result)
+    begins = [record for record in read_journal(tmp_path / "journal.jsonl") if record["kind"] == "begin"]
+    # From its checkpoint, not from the start: that would give the same bits and say nothing.
+    assert [record["state"]["step"] for record in begins] == [0, max(checkpoints, default=0)]
+    assert checkpoints or step <= INTERVAL * CHECKPOINT_EVERY
     assert {row["lag"] for row in undisturbed["rows"]} == {int(mode == "pipelined")}
     for part, value in undisturbed.items():
         assert resumed[part] == value, part
