@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 
 from dualsweep.orchestration.config import SweepConfig
 from dualsweep.orchestration.local_dual import LocalDual
@@ -20,6 +21,18 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator_state():
+    """A process has one precision; here every test has its own, and other tests' accelerators find theirs again."""
+    states = (AcceleratorState, PartialState)
+    kept = [dict(state._shared_state) for state in states]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    for state, was in zip(states, kept, strict=True):
+        state._shared_state.clear()
+        state._shared_state.update(was)
 
 
 def config(precision: str, **model) -> SweepConfig:
