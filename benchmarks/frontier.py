@@ -169,7 +169,7 @@ def problem(data: str, mnist: Path, points: int, samples: int) -> tuple[str, tup
     settings = (
         _shares(0.08, 0.2, points),
         "measure={num_samples: 256, num_sampling_steps: 10, window: 2}",
-        "stopping={window: 8, patience: 100}",
+        "stopping={window: 8, infeasible: false}",
         f"evaluation={{num_samples: {samples}, tolerance: 0.3}}",
     )
     if data == "mnist":
