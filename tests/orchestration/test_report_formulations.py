@@ -31,6 +31,7 @@ from dualsweep.orchestration.units import calibration_text, measured, unit_of
 NAMES = ("near", "far")
 MEANS = np.array([[-1.5, -0.8], [1.5, -0.8], [0.0, 1.7]])
 DRAWS = 4000
+NO_DUAL_VALUE = "its law is not known"
 STDERR = 0.004  # of every value, relative to it
 SLACK = {0: 0.03, 1: 0.03, 2: 0.0, 3: -0.08}  # how far beyond its request a trial gets, relative to the request
 FORWARD = "KL(q||p) above the pretrained model's, on held-out main data"
@@ -179,6 +180,7 @@ def _write_trial(folder: Path, case: Case, point: dict, rng: np.random.Generator
             tolerance=_tolerance(case, point),
             objective=(cost(place), 0.004),
             dual_value=None if composed else (reference, 0.003),
+            no_dual_value=NO_DUAL_VALUE if composed else None,
             symptoms=symptoms if point["trial_id"] == "p3" else (),
         ).to_dict()
     rows = [
@@ -437,6 +439,7 @@ def test_a_composition_is_reported_by_its_level(tmp_path, case):
     text = page_text(paths)
     assert f"Models were asked to {case.asks}, at 1 grid point." in text
     symbol = {"and": "KL(p||near)", "or": "KL(near||p)"}[case.law]
+    assert f"There is no duality gap: {NO_DUAL_VALUE}." in text
     assert f"The pretrained model: {symbol} 2.400 ± 0.020 nats" in text
     assert "min-max has the smallest largest divergence, 1.500 ± 0.012 nats" in text
     assert "With fixed weights 0.5 the largest divergence is 2.100 ± 0.016 nats; min-max does at least as well." in text
