@@ -2,7 +2,7 @@
 
 The sweep runs on a cluster of raylets on this machine and writes to an MLflow server of its own. A fault is SIGKILL to a
 training worker, to the DualServer, to a node with all its processes, to the driver (then `dualsweep resume`), or to
-the MLflow server. Which comes when follows from the seed; how far the sweep is by then does not, and need not.
+the MLflow server. Which comes after how many dual steps follows from the seed.
 
 `lost_seconds_median`: over faults and the trials that were running, the time without a new dual step around the fault
 (steps redone from a checkpoint are not new). Afterwards MLflow must hold one run a trial and each dual step once.
@@ -91,6 +91,7 @@ class Sweep:
 
     def __init__(self, folder: Path, trials: int, dual_steps: int) -> None:
         self.root = folder
+        self.dual_steps = trials * dual_steps  # of all trials together
         folder.mkdir()
         self.folder = folder / "runs" / "chaos"
         head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": None}  # None: any free port
@@ -225,43 +226,44 @@ def sweep_config(folder: Path, trials: int, dual_steps: int, tracking: str) -> S
 
 
 def storm(sweep: Sweep, rng: np.random.Generator, count: int) -> list[tuple[float, str]]:
-    """Faults one after the other until there were `count`, or the sweep is over: (time, kind).
+    """`count` faults one after the other, or fewer if the sweep is over before: (time, kind).
 
-    The next one comes a random while after the sweep has made new steps again: faults that keep it from working at all
-    would test patience, not recovery.
+    Each has its place among the sweep's dual steps, drawn evenly over the first 95 %, so that all trials meet some however
+    fast the machine is. Where two are close the second comes up to three seconds after the first, into its recovery.
     """
     faults: list[tuple[float, str]] = []
-    settled = 0.0
-    while len(faults) < count:
-        if not _progressed(sweep, settled):
-            break
-        deadline = time.monotonic() + float(rng.uniform(0.0, 6.0))
-        while time.monotonic() < deadline and not sweep.done():
-            time.sleep(0.1)
-        if sweep.done():
-            break
+    places = np.sort(rng.uniform(0.0, 0.95, count)) * sweep.dual_steps
+    for place in places:
+        time.sleep(float(rng.uniform(0.0, 3.0)))
         kind = KINDS[int(rng.integers(len(KINDS)))]
-        now = time.time()
-        if sweep.inflict(kind, rng):
-            faults.append((now, kind))
-            settled = time.time()
-            print(f"{time.monotonic() - sweep.begun:6.0f} s  fault {len(faults)}: {kind}", flush=True)
+        while True:
+            if not _reached(sweep, place):
+                return faults
+            now = time.time()
+            if sweep.inflict(kind, rng):
+                break
+            time.sleep(0.2)  # nothing of the kind is alive: on its way back from another fault
+        faults.append((now, kind))
+        print(f"{time.monotonic() - sweep.begun:6.0f} s  fault {len(faults)}: {kind}", flush=True)
     return faults
 
 
-def _progressed(sweep: Sweep, since: float) -> bool:
-    """Wait for a new dual step after a moment; False when the sweep ended before.
+def _reached(sweep: Sweep, place: float) -> bool:
+    """Wait until that many dual steps were made; False when the sweep is over.
 
-    Raises: RuntimeError if neither happens for long.
+    Raises: RuntimeError if no step is made for long.
     """
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        if any(when > since + 0.5 for times in new_steps(sweep.folder).values() for when in times[-1:]):
+    deadline, last = time.monotonic() + PATIENCE_S, 0
+    while not sweep.done():
+        made = sum(map(len, new_steps(sweep.folder).values()))
+        if made >= place:
             return True
-        if sweep.done():
-            return False
-        time.sleep(0.5)
-    raise RuntimeError(f"no new dual step for {PATIENCE_S:g} s:\n{(sweep.root / 'driver.txt').read_text()[-3000:]}")
+        if made > last:
+            deadline, last = time.monotonic() + PATIENCE_S, made
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no new dual step for {PATIENCE_S:g} s:\n{(sweep.root / 'driver.txt').read_text()[-3000:]}")
+        time.sleep(0.25)
+    return False
 
 
 def new_steps(folder: Path) -> dict[str, list[float]]:
