@@ -176,6 +176,7 @@ def draw(curves: dict[str, list[list[Point]]], path: Path) -> None:
         )
     axes.invert_xaxis()
     axes.set_yscale("symlog", linthresh=0.1)  # the curves lie a factor of a hundred apart, one of them at zero
+    axes.set_ylim(bottom=min(-0.1, axes.dataLim.y0), top=2 * axes.dataLim.y1)
     axes.axhline(0, color="0.7", linewidth=0.8)
     axes.set_xlabel("likelihood of the forgotten mode, E_p[q¹/q]  (1: untouched)")
     axes.set_ylabel("distance of the retained modes (nats)")
