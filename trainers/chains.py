@@ -24,6 +24,7 @@ import torch
 
 from dualsweep.trainers.estimators import Predictor
 from dualsweep.trainers.noise_schedule import NoiseSchedule
+from dualsweep.trainers.samplers import at_once
 
 CHAIN_FILE = "chain.json"
 
@@ -76,13 +77,15 @@ class Chain:
         return torch.stack(states)
 
     @torch.no_grad()
-    def sample(self, predictor: Predictor, start: torch.Tensor, *, seed: int, batch_size: int = 256) -> torch.Tensor:
+    def sample(
+        self, predictor: Predictor, start: torch.Tensor, *, seed: int, batch_size: int | None = None
+    ) -> torch.Tensor:
         """Samples alone, same shape and device as `start`; row i depends on its own start, `seed` and i, not on batches.
 
         Args:
             start: x_T, standard normal, shape (n, *sample_shape), n >= 1.
         """
-        x_t = start
+        x_t, batch_size = start, batch_size or at_once(start)
         for step, std in enumerate(self.stds.tolist()):
             generator = np.random.Generator(np.random.Philox(key=[seed, 0xC4A1], counter=[0, 0, 0, step]))
             noise = torch.from_numpy(generator.standard_normal(start.shape, dtype=np.float32)).to(start)

@@ -20,6 +20,11 @@ def starting_noise(
     return torch.from_numpy(np.concatenate(parts)) if parts else torch.empty((0, *shape))
 
 
+def at_once(samples: torch.Tensor) -> int:
+    """How many samples go through a model at once: of vectors many, for starting its operations costs more than they do."""
+    return 4096 if samples.dim() == 2 else 256
+
+
 @torch.inference_mode()
 def ddim_sample(
     denoiser: torch.nn.Module,
@@ -27,13 +32,14 @@ def ddim_sample(
     schedule: NoiseSchedule,
     *,
     num_sampling_steps: int,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> torch.Tensor:
     """Deterministic DDIM samples (eta = 0).
 
     Args:
         start: x_T, standard normal, shape (n, *sample_shape).
         num_sampling_steps: at most schedule.num_train_timesteps; timesteps end at the noisiest one ("trailing").
+        batch_size: how many go through the model at once; None: `at_once` says.
     Returns: x_0, same shape as start, on the CPU.
     Source: Song, Meng and Ermon, ICLR 2021, eq. 12.
     """
@@ -43,7 +49,7 @@ def ddim_sample(
     was_training = denoiser.training
     denoiser.eval()
     done = []
-    for x_t in start.split(batch_size):
+    for x_t in start.split(batch_size or at_once(start)):
         x_t = x_t.to(device)
         # Not scheduler.step: diffusers steps to t - T // n, which is the next timestep only where n divides T.
         for timestep, following in zip(scheduler.timesteps, [*scheduler.timesteps[1:].tolist(), None], strict=True):

@@ -47,7 +47,7 @@ class Killer(threading.Thread):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(tiny_config, moment):
-    settings = {"baselines": {"unconstrained": False}, "primal": {"steps": 200}, "evaluation": {"num_samples": 16}}
+    settings = {"baselines": {"unconstrained": False}, "primal": {"steps": 120}, "evaluation": {"num_samples": 16}}
     calm = run_sweep(tiny_config(name="calm", **settings), console=Console(quiet=True))
     killer = Killer(moment)
     killer.start()
@@ -64,7 +64,7 @@ def test_kills_at_random_moments_change_nothing(tiny_config, moment):
         for run in rows:
             for row in run:
                 row.pop("wall_time")
-        assert len(rows[0]) == 100 and rows[0][-1]["multipliers"] != [0.0, 0.0]
+        assert len(rows[0]) == 60 and rows[0][-1]["multipliers"] != [0.0, 0.0]
         assert rows[0] == rows[1]
         check_dual_steps(records, path.parent.name)
 

@@ -198,3 +198,34 @@ def test_a_pretrained_models_dropout_is_off_so_that_a_resumed_run_is_the_same(tm
     denoiser, x_t = load_model(tmp_path).train(), torch.ones(2, 1, 8, 8)
     first, second = (denoiser(x_t, torch.tensor([3, 7])) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "moved"])
+def test_an_mlp_whose_schedule_changed_forgets_the_old_ones_features(how):
+    """The output against its formula, before and after; what depends on the timestep alone is kept between calls."""
+    torch.manual_seed(0)
+    network = MLPDenoiser(dim=2, width=16, depth=1, num_train_timesteps=50)
+    x_t, timestep = torch.randn(6, 2), torch.tensor([0, 7, 7, 20, 33, 49])
+
+    def direct():
+        power = network.alpha_bar[timestep][:, None]
+        level = (power.log() - (-power).log1p()) / 10
+        phase = level * network.frequencies
+        hidden = network.enter(torch.cat([x_t, level, phase.sin(), phase.cos()], dim=1))
+        for block in network.blocks:
+            hidden = hidden + block(hidden)
+        noise = 1 - power
+        scale = (power * noise / (noise + network.detail**2)).sqrt()
+        return noise.sqrt() * x_t + scale * network.leave(hidden)
+
+    before = network(x_t, timestep)
+    assert torch.allclose(before, direct(), rtol=0, atol=1e-6)
+    other = torch.linspace(0.95, 0.02, 50)
+    if how == "in place":
+        network.alpha_bar.copy_(other)
+    elif how == "replaced":
+        network.alpha_bar = other
+    else:
+        network.load_state_dict({**network.state_dict(), "alpha_bar": other}, assign=True)
+    after = network(x_t, timestep)
+    assert torch.allclose(after, direct(), rtol=0, atol=1e-6) and not torch.allclose(after, before, atol=1e-2)

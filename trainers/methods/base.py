@@ -370,7 +370,7 @@ class Method:
         start: torch.Tensor,
         *,
         num_sampling_steps: int,
-        batch_size: int = 256,
+        batch_size: int | None = None,
     ) -> torch.Tensor:
         """Samples of the model, on the CPU; deterministic in `start`, standard normal of shape (n, *sample_shape)."""
         return ddim_sample(

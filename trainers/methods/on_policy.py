@@ -317,7 +317,7 @@ class OnPolicy(Method):
         start: torch.Tensor,
         *,
         num_sampling_steps: int,
-        batch_size: int = 256,
+        batch_size: int | None = None,
     ) -> torch.Tensor:
         """Samples of the chain that was trained; its number of steps is the formulation's."""
         drawn = self.chain.sample(
