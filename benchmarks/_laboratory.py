@@ -34,7 +34,8 @@ class Job:
 
     def config(self, folder: Path) -> SweepConfig:
         seeds = (f"seed={self.seed}", f"data.seed={self.seed}", f"storage={folder}")
-        return load_config(EXAMPLES / self.example, [*seeds, *self.overrides], environment=False)
+        never = ("checkpoint_every_dual_steps=1000000",)  # saved: nothing is resumed here
+        return load_config(EXAMPLES / self.example, [*seeds, *never, *self.overrides], environment=False)
 
 
 @dataclass
