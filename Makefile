@@ -4,7 +4,7 @@
 #            TORCH="torch==2.12.0"      what to hand to `pip install` for torch, options included; replaces the choice below
 #            SWEEP=path/to/sweep.yaml   which sweep `make sweep` runs
 #            SWEEP_ARGS="primal.steps=200"            more arguments for `dualsweep sweep`
-#            PYTEST_ARGS="-m 'not slow' tests/datasets"   more arguments for pytest
+#            PYTEST_ARGS="-m 'not slow and not heavy'"   more arguments for pytest
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 SWEEP ?= examples/digits_fairness.yaml

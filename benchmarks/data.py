@@ -26,7 +26,8 @@ from _harness import closing_line, own_folder, seconds, spread
 from PIL import Image
 
 from dualsweep.datasets import ConstrainedData, DatasetSpec, MinoritySpec, Streams, build
-from dualsweep.trainers.methods.base import Batch, make_batch
+from dualsweep.trainers.batches import BatchLoader
+from dualsweep.trainers.methods.base import Batch
 
 CLASSES = 10
 MINORITY = (4, 5, 7)
@@ -69,8 +70,8 @@ def streamed(data: ConstrainedData) -> Callable[[int], Batch]:
         num_train_timesteps=TIMESTEPS,
         sample_shape=data.sample_shape,
     )
-    shards = range(8)
-    return lambda step: make_batch(tensors, streams.draw(step, shards), streams.batch_sizes, torch.device("cpu"))
+    loader = BatchLoader(streams, range(8), tensors, torch.device("cpu"), steps=2**31)
+    return lambda step: loader.take(step)[0]
 
 
 def with_noise(samples: list[torch.Tensor]) -> Batch:

@@ -21,8 +21,8 @@ from dualsweep.constraints import Constraint, Problem
 from dualsweep.orchestration.cluster import start_ray, stop_ray
 from dualsweep.orchestration.config import load_config
 from dualsweep.orchestration.dual_server import start_dual_server
+from dualsweep.trainers.batches import BatchLoader
 from dualsweep.trainers.methods import StreamSums
-from dualsweep.trainers.methods.base import make_batch
 from dualsweep.trainers.methods.fairness import Fairness
 from dualsweep.trainers.metrics import shard_counts
 from dualsweep.trainers.primal import primal_step
@@ -61,12 +61,11 @@ def main() -> None:
             "t", 1, problem=problem.to_dict(), rule=config.dual.rule_config(), start=[0.0] * len(names), dual_state=None
         )
         state = {"dual_step": 0}
+        batches = BatchLoader(streams, shards, workspace.tensors, workspace.device, steps=2**31)
 
         def primal_steps() -> None:
             for _ in range(interval):
-                batch = make_batch(
-                    workspace.tensors, streams.draw(train.primal_step, shards), streams.batch_sizes, workspace.device
-                )
+                (batch,) = batches.take(train.primal_step)
                 primal_step(
                     train,
                     method,

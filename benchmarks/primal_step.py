@@ -29,8 +29,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from dualsweep.datasets import Streams
 from dualsweep.trainers.bad_numbers import DeferredChecks
+from dualsweep.trainers.batches import BatchLoader
 from dualsweep.trainers.methods import PrimalTerms, StreamSums
-from dualsweep.trainers.methods.base import make_batch
 from dualsweep.trainers.methods.fairness import Fairness
 from dualsweep.trainers.models import build_denoiser
 from dualsweep.trainers.noise_schedule import NoiseSchedule
@@ -126,10 +126,11 @@ def steppers(case: Case, device: torch.device) -> tuple[Callable[[], None], Call
 
     def stepper(method):
         train, sums = TrainState(network(), network(), OPTIMIZER), StreamSums(1 + case.constraints, device)
+        batches = BatchLoader(streams, range(4), data, device, steps=2**31)
         checks = DeferredChecks() if device.type == "cuda" else None  # as `Workspace.defers_checks`
 
         def step():
-            batch = make_batch(data, streams.draw(train.primal_step, range(4)), streams.batch_sizes, device)
+            (batch,) = batches.take(train.primal_step)
             primal_step(
                 train, method, batch, multipliers, accelerator=accelerator, grad_clip=1.0, sums=sums, checks=checks
             )

@@ -35,6 +35,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from _harness import closing_line, own_folder, spread
@@ -44,9 +45,9 @@ from dualsweep.orchestration.config import SweepConfig, load_config
 from dualsweep.orchestration.journal import read_journal
 from dualsweep.orchestration.local_dual import LocalDual
 from dualsweep.trainers.assignment import Assignment
+from dualsweep.trainers.batches import BatchLoader
 from dualsweep.trainers.loop import run_trial
 from dualsweep.trainers.methods import METHODS, StreamSums
-from dualsweep.trainers.methods.base import make_batch
 from dualsweep.trainers.metrics import mean_and_stderr, shard_counts
 from dualsweep.trainers.primal import primal_step
 from dualsweep.trainers.results import evaluate_trial, trial_summary
@@ -102,10 +103,10 @@ def bare_trial(workspace: Workspace, point: Assignment, *, evaluate: bool) -> No
     multipliers = torch.tensor(reply.multipliers)
     streams = workspace.streams(method, optimizer, config["seed"])
     shards, sums, window = list(streams.shards_of(0, 1)), StreamSums(1 + len(names), workspace.device), []
+    batches = BatchLoader(streams, shards, workspace.tensors, workspace.device, steps=optimizer["steps"])
     trained.train()
     while train.primal_step < optimizer["steps"]:
-        draws = streams.draw(train.primal_step, shards)
-        batch = make_batch(workspace.tensors, draws, streams.batch_sizes, workspace.device)
+        (batch,) = batches.take(train.primal_step)
         norm = primal_step(
             train,
             method,
@@ -122,11 +123,8 @@ def bare_trial(workspace: Workspace, point: Assignment, *, evaluate: bool) -> No
             counts=shard_counts(config["measure"]["num_samples"], optimizer["num_shards"]),
             num_sampling_steps=config["measure"]["num_sampling_steps"],
         )  # fmt: skip
-        window = [*window, *[drawn.rows]][-config["measure"]["window"] :]
-        measured = method.measurement(
-            torch.cat([torch.from_numpy(rows) for rows in window]).numpy(), multipliers.numpy()
-        )
-        measured = measured.canonical(constraints)
+        window = [*window, drawn.rows][-config["measure"]["window"] :]
+        measured = method.measurement(np.concatenate(window), multipliers.numpy()).canonical(constraints)
         objective, stderr = mean_and_stderr(*sums.table.numpy()[0])
         train.dual_step += 1
         numbers = {"lr": train.lr, "grad_norm": float(norm), "objective": objective, "objective_stderr": stderr}

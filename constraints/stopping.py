@@ -41,6 +41,7 @@ class Finding:
 
     kind: Literal["certificate", "infeasible"]
     evidence: str
+    confirmed: int | None = None  # dual steps, the last ones, that confirmed a certificate
 
 
 class StoppingRule:
@@ -94,7 +95,7 @@ class StoppingRule:
         if self.certificate:
             evidence, kept["proposed"] = self._certified(proposed)
             if evidence:
-                return Finding("certificate", evidence)
+                return Finding("certificate", evidence, self.confirmed)
         if self.infeasible and len(self._rows) >= self.patience:
             for name, course in zip(self.names, self._courses(self._rows[-self.patience :]), strict=True):
                 evidence = self._out_of_reach(course)

@@ -238,20 +238,23 @@ class _Trial:
         if self.assignment.start is None or not self.method.trains:
             return None
         folder = self.folder.parent / self.assignment.start["trial"] / "model"
+        loaded: list[Denoiser] = []
 
-        def trouble() -> str:
+        def load() -> str:
             try:
                 self.store.fetch(folder)
-                load_model(folder)
+                loaded.append(load_model(folder))
             except (ValueError, DamagedError) as error:
                 return str(error)
             return ""
 
-        self.lost = self._agree(trouble)
+        self.lost = self._agree(load)
         if self.lost:
             return None
-        self.store.fetch(folder)
-        return load_model(folder)
+        if not loaded:  # rank 0 has it
+            self.store.fetch(folder)
+            loaded.append(load_model(folder))
+        return loaded[0]
 
     def _begin(self, train: TrainState, problem: Problem) -> Reply:
         """Restore the newest whole checkpoint if there is one, and tell the dual side where this attempt starts."""
@@ -529,9 +532,6 @@ class _Trial:
     def _summary(
         self, train: TrainState, problem: Problem, status: str, reason: str | None, finding: Finding | None
     ) -> dict[str, Any]:
-        tight = finding is not None and finding.kind == "certificate"
-        window = self.workspace.config["stopping"]["window"]
-        last = window - window // 2 if tight else None  # as `StoppingRule.confirmed`
         begun = self.first_step and self.assignment.handed_over
         return trial_summary(
             self.workspace,
@@ -542,7 +542,7 @@ class _Trial:
             status=status,
             reason=reason,
             finding=finding,
-            averaged=averaged_multipliers(self.names, self._rows(), last=last),
+            averaged=averaged_multipliers(self.names, self._rows(), last=finding and finding.confirmed),
             primal_steps=train.primal_step,
             dual_steps=train.dual_step,
             wall_seconds=time.time() - self.started,

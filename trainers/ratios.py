@@ -135,14 +135,12 @@ def ratio_draws(
     counts: Mapping[int, int],
     shape: tuple[int, ...],
     num_sampling_steps: int,
-    log: bool = False,
     clip: float | None = None,
 ) -> Draws:
     """Ratios of the model's own samples, drawn by logical shard: rows (n, m), for `mean_measurement`.
 
     Args:
         sample: `Method.sample`.
-        log: their logarithms instead, nats.
         clip: values above it count as it.
     """
     start = starting_noise(seed=seed, counter=counter, shards=shards, counts=dict(counts), shape=shape)
@@ -165,5 +163,5 @@ def ratio_draws(
         for shard, part in parts.items()
     ]
     values, stderrs = (torch.cat(each) for each in zip(*found, strict=True))
-    rows = values if log else _exponential(values, stderrs)
+    rows = _exponential(values, stderrs)
     return Draws((rows if clip is None else rows.clamp(max=clip)).cpu().numpy(), samples)

@@ -105,7 +105,7 @@ def in_place_of(path: Path) -> Iterator[Path]:
                 shutil.rmtree(path)  # a folder takes the place of none but an empty one
             os.replace(part, path)
             sync_folder(path.parent)
-    except BaseException:
+    except BaseException:  # an interrupt, too, must leave nothing beside `path`
         with suppress(OSError):  # a read-only disk lets nothing go; the first error counts
             _discard(part)
         raise

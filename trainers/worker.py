@@ -90,7 +90,7 @@ def _early_workspace(
     """
     try:
         return Workspace(config, data_spec, store)
-    except Exception:
+    except Exception:  # the trial's failure, whatever it was: told by name, now or inside the trial
         if not grouped:
             return None
         server.give_up(slot, traceback.format_exc())

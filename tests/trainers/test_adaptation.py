@@ -16,7 +16,7 @@ from dualsweep.trainers.evaluate import EVALUATION_COUNTER
 from dualsweep.trainers.loop import run_trial
 from dualsweep.trainers.methods import METHODS, Pretraining
 from dualsweep.trainers.methods.adaptation import Adaptation
-from dualsweep.trainers.methods.base import make_batch
+from dualsweep.trainers.methods.base import host_batch
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.workspace import Workspace
 
@@ -246,7 +246,8 @@ def test_the_exact_mixture_minimises_the_lagrangian_over_mixtures_at_other_weigh
         )
         for name, samples in streams.items()
     }
-    batch = make_batch(streams, draws, dict.fromkeys(streams, 20000), torch.device("cpu"))
+    sizes = dict.fromkeys(streams, 20000)
+    batch = host_batch(draws, sizes, pinned=False).to_device(streams, sizes, torch.device("cpu"))
     multiplier = 0.6
 
     def per_pair(model_multiplier):

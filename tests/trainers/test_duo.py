@@ -19,7 +19,7 @@ from dualsweep.orchestration.local_dual import LocalDual
 from dualsweep.orchestration.preflight import preflight
 from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.loop import run_trial
-from dualsweep.trainers.methods.base import Batch, make_batch
+from dualsweep.trainers.methods.base import Batch, host_batch
 from dualsweep.trainers.methods.duo import DUO
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.workspace import Workspace
@@ -85,7 +85,8 @@ def batch_of(method, *, pairs=32, main=16, step=0):
         )
         for name in tensors
     }
-    return make_batch(tensors, draws, {name: counts[name] for name in tensors}, torch.device("cpu"))
+    sizes = {name: counts[name] for name in tensors}
+    return host_batch(draws, sizes, pinned=False).to_device(tensors, sizes, torch.device("cpu"))
 
 
 def kl_of(weights, data):

@@ -17,7 +17,7 @@ from dualsweep.orchestration.local_dual import LocalDual
 from dualsweep.orchestration.preflight import preflight
 from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.loop import run_trial
-from dualsweep.trainers.methods.base import make_batch
+from dualsweep.trainers.methods.base import host_batch
 from dualsweep.trainers.methods.esd import ESD
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.samplers import ddim_sample
@@ -78,7 +78,8 @@ def batch_of(method, count=24):
         generator.integers(SCHEDULE.num_train_timesteps, size=count),
         generator.standard_normal((count, *method.noise_shape), dtype=np.float32),
     )
-    return make_batch({name: samples}, {name: draws}, {name: count}, torch.device("cpu"))
+    sizes = {name: count}
+    return host_batch({name: draws}, sizes, pinned=False).to_device({name: samples}, sizes, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("inputs", ["samples", "trajectory"])

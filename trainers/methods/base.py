@@ -92,7 +92,12 @@ class HostBatch:
     def to_device(
         self, tensors: Mapping[str, torch.Tensor], batch_sizes: Mapping[str, int], device: torch.device
     ) -> Batch:
-        """Arguments as for `make_batch`. From page-locked memory nothing here waits for the device."""
+        """This worker's batch; from page-locked memory nothing here waits for the device.
+
+        Args:
+            tensors: stream name -> all its samples, on `device`.
+            batch_sizes: stream name -> samples over all workers.
+        """
         indices, timestep, noise = (
             one.to(device, non_blocking=True) for one in (self.indices, self.timestep, self.noise)
         )
@@ -109,7 +114,12 @@ class HostBatch:
 def host_batch(
     draws: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], batch_sizes: Mapping[str, int], *, pinned: bool
 ) -> HostBatch:
-    """The streams' draws one after the other; arguments as for `make_batch`."""
+    """The streams' draws one after the other.
+
+    Args:
+        draws: stream name -> (indices, timesteps, noise), as `Streams.draw` gives them.
+        batch_sizes: as for `HostBatch.to_device`.
+    """
     indices, timesteps, noises = zip(*(draws[name] for name in batch_sizes), strict=True)
     parts = (_joined(arrays, pinned) for arrays in (indices, timesteps, noises))
     return HostBatch(*parts, counts=tuple(len(index) for index in indices))
@@ -123,22 +133,6 @@ def _joined(arrays: Sequence[np.ndarray], pinned: bool) -> torch.Tensor:
     joined = torch.empty((sum(map(len, arrays)), *first.shape[1:]), dtype=first.dtype, pin_memory=True)
     np.concatenate(arrays, out=joined.numpy())
     return joined
-
-
-def make_batch(
-    tensors: Mapping[str, torch.Tensor],
-    draws: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
-    batch_sizes: Mapping[str, int],
-    device: torch.device,
-) -> Batch:
-    """This worker's batch from the streams' draws.
-
-    Args:
-        tensors: stream name -> all its samples, on `device`.
-        draws: stream name -> (indices, timesteps, noise), as `Streams.draw` gives them.
-        batch_sizes: stream name -> samples over all workers.
-    """
-    return host_batch(draws, batch_sizes, pinned=False).to_device(tensors, batch_sizes, device)
 
 
 @lru_cache(maxsize=256)
