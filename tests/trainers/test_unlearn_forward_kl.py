@@ -20,7 +20,7 @@ from dualsweep.trainers.estimators import point_kl
 from dualsweep.trainers.evaluate import EVALUATION_COUNTER
 from dualsweep.trainers.loop import run_trial
 from dualsweep.trainers.methods import METHODS
-from dualsweep.trainers.methods.base import make_batch
+from dualsweep.trainers.methods.base import host_batch
 from dualsweep.trainers.methods.unlearn_forward_kl import UnlearnForwardKL, gradient_norm
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.workspace import Workspace
@@ -126,7 +126,8 @@ def test_the_exact_difference_minimises_the_lagrangian(data, unlearning, exact_d
         )
         for name, samples in streams.items()
     }
-    batch = make_batch(streams, draws, dict.fromkeys(streams, count), torch.device("cpu"))
+    sizes = dict.fromkeys(streams, count)
+    batch = host_batch(draws, sizes, pinned=False).to_device(streams, sizes, torch.device("cpu"))
     multipliers = np.array([0.25, 0.15])
 
     def per_triple(right, top):
