@@ -51,15 +51,16 @@ def interruptible(ask: Callable[[], bool], *, insist: Callable[[], None]) -> Ite
 
 
 @contextlib.contextmanager
-def hangup_as_interrupt() -> Iterator[None]:
-    """Within, the first SIGHUP is a KeyboardInterrupt as from Ctrl-C, and later ones are ignored."""
+def as_interrupt() -> Iterator[None]:
+    """Within, the first SIGHUP or SIGTERM is a KeyboardInterrupt as from Ctrl-C, and later ones are ignored."""
 
     def handle(signum: int, frame: Any) -> None:
-        leave_terminal()
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if signum == signal.SIGHUP:
+            leave_terminal()
+        signal.signal(signum, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    with _handlers(dict.fromkeys(_hangup(), handle)):
+    with _handlers(dict.fromkeys([signal.SIGTERM, *_hangup()], handle)):
         yield
 
 

@@ -21,6 +21,7 @@ class Halt:
     """Set by an interrupt: no trial is handed out after it. Tune pickles and copies searchers; copies share the original."""
 
     requested: bool = False
+    at_once: bool = False  # asked for a second time: nothing is waited for
 
     def __deepcopy__(self, memo: dict) -> "Halt":
         return self

@@ -30,7 +30,7 @@ from dualsweep.orchestration.cluster import (
 from dualsweep.orchestration.config import ConfigError, SweepConfig, read_fields
 from dualsweep.orchestration.dual_ledger import FINAL
 from dualsweep.orchestration.dual_server import BASE_TRIAL, NAMESPACE, RayDual, server_name, start_dual_server
-from dualsweep.orchestration.interrupts import hangup_as_interrupt, hangup_held_back, interruptible
+from dualsweep.orchestration.interrupts import as_interrupt, hangup_held_back, interruptible
 from dualsweep.orchestration.live import Progress
 from dualsweep.orchestration.points import Halt, build_frontier, build_search
 from dualsweep.orchestration.preflight import Plan, preflight
@@ -46,6 +46,7 @@ from dualsweep.trainers.workspace import write_json
 KEPT = ("completed", "stopped", "diverged")  # a resume runs the others (failed, interrupted, waiting) again
 MILESTONES = 20  # results a trial gives to Tune's scheduler
 TRACKING_FLUSH_S = 60.0
+FREE_S = 20.0  # how long Ray may take to free what the sweep held
 PREDECESSOR_S = 60.0  # how long a resume waits for the actors of a driver that died to go
 LOCK_S = 1.0  # `status` holds the driver's lock for a moment to see whether it is free
 
@@ -81,7 +82,7 @@ def run_sweep(
     console = console or Console()
     found = cluster_address(address)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(hangup_as_interrupt())
+        stack.enter_context(as_interrupt())
         plan = preflight(config, resume=resume, on_cluster=found is not None)
         if resume:  # before anything starts; a new sweep has no folder to lock yet
             stack.enter_context(_only_driver(plan))
@@ -92,6 +93,7 @@ def run_sweep(
         stack.callback(stop_ray)
         with console.status("starting Ray"), hangup_held_back():
             info = start_ray(address=found or "local")
+        stack.enter_context(as_interrupt())  # Ray's own handler of SIGTERM ends with a code that says nothing
         slots = slots_for(config.compute, info)
         plan = replace(plan, config=with_chains(config, slots))
         with contextlib.nullcontext() if resume else _only_driver(plan):
@@ -134,7 +136,7 @@ def _run(plan: Plan, slots: int, console: Console) -> Outcome:
     try:
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
         ask = partial(_ask_to_halt, halt, watcher, console)
-        with Progress(watcher, console, title=config.name), interruptible(ask, insist=_stop_at_once):
+        with Progress(watcher, console, title=config.name), interruptible(ask, insist=partial(_stop_at_once, halt)):
             try:
                 if todo or config.thresholds.search is not None:
                     try:
@@ -149,7 +151,7 @@ def _run(plan: Plan, slots: int, console: Console) -> Outcome:
             finally:
                 watcher.stop()  # its last look comes before the table's last picture
     finally:
-        held = wait_until_free()
+        held = wait_until_free(0.0 if halt.at_once else FREE_S)
         server.shutdown()
     if watcher.error is not None:
         raise RuntimeError(
@@ -396,7 +398,9 @@ def _ask_to_halt(halt: Halt, watcher: Watcher, console: Console) -> bool:
     return True
 
 
-def _stop_at_once() -> None:
+def _stop_at_once(halt: Halt) -> None:
+    """What still trains ends with this driver."""
+    halt.at_once = True
     raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C leaves everything resumable, and a resume goes on from the newest whole checkpoint of every trial."""
+"""Ctrl-C and SIGTERM leave everything resumable, and a resume goes on from the newest whole checkpoint of every trial."""
 
 import fcntl
 import os
@@ -57,11 +57,12 @@ def test_a_resume_continues_at_the_newest_whole_checkpoint(interrupted, command,
 
     process = command("resume", "tiny", "--storage", str(folder / "runs"), cwd=folder, wait=False)
     wait_for(lambda: all(newest(t) >= at_interrupt[t] + 6 for t in (torn, whole)), seconds=200, process=process)
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C: Ray's processes get it too
+    os.kill(process.pid, signal.SIGTERM)  # as `kill` and service managers end it: the driver alone
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
 
     records = read_journal(sweep / "journal.jsonl")
+    assert [record["status"] for record in records if record["kind"] == "end"][-2:] == ["interrupted", "interrupted"]
     for trial in (torn, whole):
         begins = [record for record in records if record["kind"] == "begin" and record["trial"] == trial.name]
         assert [record["attempt"] for record in begins] == [1, 2]
