@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from moto.server import ThreadedMotoServer
@@ -459,11 +460,12 @@ def test_leftovers_of_killed_processes_go_at_the_next_start_and_those_of_living_
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own of 2 MB."""
+def small_disk(tmp_path, request):
+    """A file system of its own of 2 MB, or of the size that a test gives."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
+    size = f"size={getattr(request, 'param', '2m')}"
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     yield folder
@@ -643,3 +645,98 @@ def test_a_sweep_on_s3_lives_through_an_outage_and_is_resumed_on_another_machine
     )
     output, _ = sampled.communicate(timeout=300)
     assert sampled.returncode == 0 and (tmp_path / "samples.npy").is_file(), output
+
+
+@pytest.mark.ray
+@pytest.mark.heavy
+@pytest.mark.parametrize("small_disk", ["30m"], indirect=True)
+def test_a_disk_that_fills_up_under_a_sweep_ends_it_by_name_and_with_room_a_resume_completes_it(
+    small_disk, moment, tmp_path, write_small, command, wait_for, new_checkpoints, left_running, assert_books_whole,
+    assert_as_calm, assert_delivered_once,
+):  # fmt: skip
+    tracking = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    folder = small_disk / "runs" / "small"
+    path = write_small(
+        storage=str(folder.parent),
+        tracking={"uri": tracking},
+        thresholds={"unit": "share", "grid": {"minority": [0.3, 0.4, 0.5]}},
+        compute={"workers": 1, "concurrent_trials": 2},
+    )
+    with left_running.marking():
+        sweep = command("sweep", str(path), cwd=tmp_path, wait=False)
+    wait_for(new_checkpoints(folder), seconds=240, process=sweep)
+    time.sleep(moment.uniform(0.0, 1.5))  # the fault's moment
+    with filled(small_disk, leave=moment.randrange(100_000)):
+        output, _ = sweep.communicate(timeout=300)
+        assert sweep.returncode == 1, output
+        assert "could not be written (No space left on device)" in output and str(folder) in output, output
+        assert "dualsweep resume" in output, output
+        assert not left_running()
+        assert_books_whole(folder)
+    code, output = command("resume", "small", "--storage", str(folder.parent), cwd=tmp_path)
+    assert code == 0, output
+    assert_delivered_once(tracking, folder)
+    assert_as_calm(folder)
+
+
+@pytest.mark.ray
+@pytest.mark.heavy
+def test_a_worker_and_a_node_that_die_on_a_cluster_with_remote_storage_change_nothing(
+    bucket, address, machine, make_cluster, moment, tmp_path, write_small, command, wait_for, assert_books_whole,
+    assert_as_calm, assert_delivered_once,
+):  # fmt: skip
+    """SIGKILL to the worker that trains, then to all processes of the node that the next one is on."""
+    tracking = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    cluster = make_cluster()
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    cluster.wait_for_nodes()
+    path = write_small(
+        storage=address, tracking={"uri": tracking}, compute={"workers": 1, "concurrent_trials": 1, "max_failures": 5}
+    )
+    store = open_store(address)
+
+    def checkpoints() -> set[str]:
+        trials = store.root / "small" / "trials"
+        return {
+            f"{trial} {name}" for trial in store.folders(trials) for name in store.files(trials / trial / "checkpoints")
+        }
+
+    def training() -> tuple[psutil.Process, object] | None:
+        """The worker and its node."""
+        for node in nodes:
+            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+            for child in raylet.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if child.name().startswith("ray::RayTrainWorker"):
+                        return child, node
+        return None
+
+    def wait_for_progress(*, beyond: int) -> None:
+        known = checkpoints()
+        wait_for(lambda: len(checkpoints() - known) >= beyond and training(), seconds=300, process=driver)
+        time.sleep(moment.uniform(0.0, 1.0))  # the fault's moment
+
+    driver = command("sweep", str(path), "--address", cluster.address, cwd=tmp_path, wait=False)
+    try:
+        wait_for_progress(beyond=1)
+        worker, _ = training()
+        worker.kill()
+        wait_for_progress(beyond=1)
+        _, node = training()
+        nodes.remove(node)
+        cluster.remove_node(node, allow_graceful=False)
+        output, _ = driver.communicate(timeout=400)
+    finally:
+        if driver.poll() is None:
+            os.killpg(driver.pid, signal.SIGKILL)
+    assert driver.returncode == 0, output
+    assert "Ray still holds" not in output
+    machine("second")
+    store = open_store(address)
+    folder = bring(store, "small", models=True)
+    begins = [record for record in read_journal(folder / "journal.jsonl") if record["kind"] == "begin"]
+    again = [record for record in begins if record["attempt"] > 1 and record["trial"] != "pretrained"]
+    assert len(again) >= 2 and all(record["state"]["step"] > 0 for record in again)
+    assert_books_whole(folder)
+    assert_delivered_once(tracking, folder)
+    assert_as_calm(folder, store)
