@@ -66,7 +66,9 @@ def trainers_of(process):
     return [child for child in psutil.Process(process.pid).children(recursive=True) if child.name().startswith(names)]
 
 
-def test_a_sweep_whose_driver_is_killed_twice_goes_on(moment, make_sweep, tmp_path, command, wait_for):
+def test_a_sweep_whose_driver_is_killed_twice_goes_on(
+    moment, make_sweep, tmp_path, command, wait_for, assert_books_whole, assert_as_calm
+):
     path, folder = make_sweep(150, [0.1, 0.2, 0.3])  # a trial lasts longer than the waits below
     resume = ("resume", "tiny", "--storage", str(tmp_path / "runs"))
 
@@ -107,6 +109,8 @@ def test_a_sweep_whose_driver_is_killed_twice_goes_on(moment, make_sweep, tmp_pa
     again = [r for r in begins if r["trial"] in statuses(folder) and r["attempt"] > 1]
     assert again and all(r["state"]["step"] > 0 for r in again), "started over instead of from its checkpoint"
     assert max(Counter((r["trial"], r["attempt"]) for r in begins).values()) == 1
+    assert_books_whole(folder)
+    assert_as_calm(folder, only={r["trial"] for r in again})
 
     ledger = read_ledger(folder)
     client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
