@@ -1,5 +1,7 @@
 """Sweeps on a real local Ray: what they leave behind, and what they give back."""
 
+import html
+import io
 import json
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from dualsweep.constraints import Constraint, Problem
 from dualsweep.orchestration.cluster import start_ray, stop_ray
 from dualsweep.orchestration.config import ConfigError
 from dualsweep.orchestration.dual_server import start_dual_server
+from dualsweep.orchestration.status import status_table
 from dualsweep.orchestration.sweep import run_sweep
 from dualsweep.orchestration.trace import read_trace
 
@@ -160,24 +163,51 @@ def test_searched_thresholds_come_from_optuna_and_count_up_to_points(tiny_config
     assert len(asked) == 3 and asked[0] >= 0.05 and asked[-1] <= 0.3
 
 
-def test_a_trial_that_fails_is_named_with_its_traceback_and_the_others_finish(tiny_config):
-    # A weight of 1e38 without normalisation overflows the gradient's norm: that trial must stop, and only that one.
+def test_trials_that_fail_or_run_away_are_named_tagged_and_shown_and_the_others_finish(tiny_config):
+    # A weight of 1e38 without normalisation overflows the gradient's norm; a dual step size of 1e6 lets the multipliers
+    # run away. Each must stop its own trial, and nothing else.
     config = tiny_config(
         compute={"workers": 0},
         primal={"normalize": False},
-        baselines={"unconstrained": False, "fixed_weights": [1e38]},
+        dual={"step_size": 1e6},
+        divergence={"dual_steps": 2},
+        baselines={"unconstrained": True, "fixed_weights": [1e38]},
         thresholds={"grid": {"minority": [0.1]}},
     )
     outcome = run_sweep(config, console=Console(quiet=True))
-    results = results_of(outcome)
+    results = {result["kind"]: result for result in results_of(outcome).values()}
     assert (outcome.status, outcome.exit_code) == ("failed", 1)
-    assert list(outcome.failed) == ["fixed weights 1e+38"] and "non-finite" in outcome.failed["fixed weights 1e+38"]
-    assert sorted(result["status"] for result in results.values()) == ["completed", "diverged"]
+    broken, away = results["fixed_weights"], results["constrained"]
+    assert set(outcome.failed) == {broken["label"], away["label"]}
+    assert "non-finite" in outcome.failed["fixed weights 1e+38"] and "runs away" in outcome.failed[away["label"]]
+    assert {kind: result["status"] for kind, result in results.items()} == {
+        "unconstrained": "completed",
+        "constrained": "diverged",
+        "fixed_weights": "diverged",
+    }
+    assert away["dual_steps"] < 12 and "grew to" in away["reason"] and away["certificate"] is None
+
     client, _, children = child_runs(outcome, "tiny")
-    (broken,) = [run for run in children if run.info.status == "FAILED"]
-    path = client.download_artifacts(broken.info.run_id, "error.txt", str(outcome.folder))
+    runs = {run.data.tags["dualsweep.trial_kind"]: run for run in children}
+    assert {kind: run.info.status for kind, run in runs.items()} == {
+        "base": "FINISHED",
+        "unconstrained": "FINISHED",
+        "constrained": "FAILED",
+        "fixed_weights": "FAILED",
+    }
+    for result in (broken, away):
+        tags = runs[result["kind"]].data.tags
+        assert (tags["dualsweep.status"], tags["dualsweep.reason"]) == ("diverged", result["reason"])
+    path = client.download_artifacts(runs["fixed_weights"].info.run_id, "error.txt", str(outcome.folder))
     text = Path(path).read_text(encoding="utf-8")
     assert "NonFiniteError" in text and "Traceback" in text
+
+    shown = Console(record=True, width=400, file=io.StringIO())
+    shown.print(status_table(outcome.folder.parent, "tiny"))
+    page = html.unescape(outcome.report.read_text(encoding="utf-8"))
+    for text in (shown.export_text(), page):
+        words = " ".join(text.split())
+        assert "diverged" in words and away["reason"] in words and "non-finite" in words
 
 
 def test_more_workers_than_the_cluster_can_hold_is_refused_before_anything_is_written(tiny_config, tmp_path):
