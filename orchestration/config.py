@@ -54,6 +54,8 @@ class ModelConfig(_Section):
     """Residual blocks of the MLP."""
     pretrained: str | None = None
     """A diffusers folder (or hub name) to continue from; skips `pretrain`."""
+    autoencoder: str | None = None
+    """A folder with a diffusers AutoencoderKL (or a pipeline's, in `vae`): the network learns latents of the images."""
     channels_last: bool = False
     compile: bool = False
 
@@ -438,6 +440,8 @@ class SweepConfig(_Section):
             )
         if self.model.kind == "unet" and self.data.dataset == "gaussian_mixture":
             raise ValueError("model.kind=unet needs images: use model.kind=mlp with data.dataset=gaussian_mixture")
+        if self.model.autoencoder and self.data.dataset == "gaussian_mixture":
+            raise ValueError("model.autoencoder is for images: remove it with data.dataset=gaussian_mixture")
         if self.model.kind == "mlp" and self.data.dataset != "gaussian_mixture":
             raise ValueError("model.kind=mlp is for vectors: use model.kind=unet for images")
         return self
@@ -539,14 +543,13 @@ def _with_absolute_paths(config: SweepConfig) -> SweepConfig:
     names = ("path", "test_path", "labels_path", "test_labels_path")
     given = {name: getattr(config.data, name) for name in names}
     moved = {name: os.path.abspath(text) for name, text in given.items() if text and "://" not in text}
-    pretrained = config.model.pretrained
-    if pretrained and os.path.exists(pretrained):
-        pretrained = os.path.abspath(pretrained)
+    models = {name: getattr(config.model, name) for name in ("pretrained", "autoencoder")}
+    models = {name: os.path.abspath(text) for name, text in models.items() if text and os.path.exists(text)}
     storage = config.storage if "://" in config.storage else os.path.abspath(os.path.expanduser(config.storage))
     return config.model_copy(
         update={
             "data": replace(config.data, **moved),
-            "model": config.model.model_copy(update={"pretrained": pretrained}),
+            "model": config.model.model_copy(update=models),
             "storage": storage,
         }
     )

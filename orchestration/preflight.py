@@ -12,6 +12,7 @@ from dualsweep.orchestration.journal import read_journal
 from dualsweep.orchestration.points import search_settings
 from dualsweep.orchestration.storage import bring, check_storage, impatient, open_store
 from dualsweep.orchestration.tracking import check_tracking, resolve_tracking_uri
+from dualsweep.trainers.codec import Autoencoder, check_latents, open_codec
 from dualsweep.trainers.methods import METHODS, Method
 from dualsweep.trainers.models import check_image_size, load_model
 from dualsweep.trainers.store import Store
@@ -57,11 +58,12 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
             check_path(config, points)
         if config.sweep.order == "adaptive":
             check_adaptive(config, names)
-        if config.model.kind == "unet" and not config.model.pretrained and summary.sample_shape is not None:
-            check_image_size(config.model.model_dump(), summary.sample_shape)
+        shape = _check_autoencoder(config, summary.sample_shape)
+        if config.model.kind == "unet" and not config.model.pretrained and shape is not None:
+            check_image_size(config.model.model_dump(), shape)
         _check_shards(config)
         _check_precision(config)
-        _check_pretrained(config, summary.sample_shape)
+        _check_pretrained(config, shape)
         if not on_cluster:
             check_fits_locally(config.compute)
         if resume:
@@ -144,25 +146,37 @@ def _check_precision(config: SweepConfig) -> None:
         )
 
 
+def _check_autoencoder(config: SweepConfig, sample_shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Read it whole, for the same reason. Returns: the shape of what the network learns, where that of the data is known."""
+    codec = open_codec(config.model.model_dump())
+    if isinstance(codec, Autoencoder):
+        codec.check()
+    return sample_shape and codec.sample_shape(sample_shape)
+
+
 def _check_pretrained(config: SweepConfig, sample_shape: tuple[int, ...] | None) -> None:
     """Read a local model whole: a damaged one would otherwise be found after Ray has started."""
     folder = config.model.pretrained
     if not folder or not Path(folder).is_absolute():
         return
-    files = ("model_index.json", "config.json")
+    files = ("model_index.json", "config.json", "unet/config.json")
     if not any((Path(folder) / name).is_file() for name in files):
         raise ConfigError(
-            f"model.pretrained={folder!r}: holds neither {' nor '.join(files)}; give a diffusers model folder"
+            f"model.pretrained={folder!r}: holds neither {', '.join(files[:-1])} nor {files[-1]}; give a diffusers model folder"
         )
     try:
         network = load_model(folder).network
     except ValueError as error:
         raise ConfigError(f"model.pretrained={folder!r}: {error}; give a diffusers model folder") from error
+    check_latents(Path(folder), open_codec(config.model.model_dump()))
     channels = getattr(network.config, "in_channels", None)
     if channels is not None and sample_shape is not None and channels != sample_shape[0]:
         raise ConfigError(
             f"model.pretrained={folder!r}: made for images of {channels} channels, the data have {sample_shape[0]}; "
             f"set data.channels={channels} or give another model"
+            if not config.model.autoencoder
+            else f"model.pretrained={folder!r}: made for latents of {channels} channels, those of model.autoencoder have "
+            f"{sample_shape[0]}; give two that belong together"
         )
 
 

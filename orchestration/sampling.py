@@ -9,6 +9,7 @@ import torch
 from dualsweep.orchestration.config import ConfigError
 from dualsweep.orchestration.sample_figures import scatter
 from dualsweep.trainers.chains import load_chain
+from dualsweep.trainers.codec import codec_of
 from dualsweep.trainers.methods.composed import COMPOSITION_FILE, load_composition
 from dualsweep.trainers.models import Denoiser, load_model, load_schedule
 from dualsweep.trainers.samplers import ddim_sample, starting_noise
@@ -46,7 +47,8 @@ def draw_samples(model: Path, out: Path, *, count: int, steps: int, seed: int) -
 
 
 def _draw(model: Path, count: int, steps: int, seed: int) -> np.ndarray:
-    """float32 (count, *sample_shape). Raises: ValueError naming what is wrong with the folder."""
+    """float32 (count, *image_shape). Raises: ValueError naming what is wrong with the folder."""
+    codec = codec_of(model)
     composed, chain = (model / COMPOSITION_FILE).is_file(), load_chain(model)
     if composed:
         denoiser, schedule, composition = load_composition(model)
@@ -57,10 +59,12 @@ def _draw(model: Path, count: int, steps: int, seed: int) -> np.ndarray:
     start = starting_noise(seed=seed, counter=0, shards=[0], counts={0: count}, shape=shape)
     with torch.inference_mode():
         if composed:
-            return composition.sample(denoiser, start, schedule, num_sampling_steps=steps).numpy()
-        if chain is not None:
-            return chain.sample(denoiser.eval(), start, seed=seed).numpy()
-        return ddim_sample(denoiser, start, schedule, num_sampling_steps=steps).numpy()
+            samples = composition.sample(denoiser, start, schedule, num_sampling_steps=steps)
+        elif chain is not None:
+            samples = chain.sample(denoiser.eval(), start, seed=seed)
+        else:
+            samples = ddim_sample(denoiser, start, schedule, num_sampling_steps=steps)
+        return codec.decode(samples).numpy()
 
 
 def _sample_shape(denoiser: Denoiser) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from rich.console import Console
 
+from dualsweep.datasets import build
 from dualsweep.orchestration.cluster import (
     Held,
     cluster_address,
@@ -347,13 +348,14 @@ def _write_plan(plan: Plan) -> None:
 
 def adopt_pretrained(plan: Plan) -> None:
     """Make a base of the user's own model: a copy of it."""
+    from dualsweep.trainers.codec import open_codec
     from dualsweep.trainers.models import load_model, save_model
-    from dualsweep.trainers.workspace import Workspace
+    from dualsweep.trainers.workspace import schedule_of
 
-    workspace = Workspace(plan.config.to_dict(), plan.config.data)
-    denoiser = load_model(plan.config.model.pretrained)
-    save = partial(save_model, denoiser, workspace.schedule)
-    publish_base(plan.base_dir, save, workspace.data, plan.store)
+    config = plan.config.to_dict()
+    codec = open_codec(config["model"])
+    save = partial(save_model, load_model(plan.config.model.pretrained), schedule_of(config), codec=codec)
+    publish_base(plan.base_dir, save, codec.fingerprint(build(plan.config.data)), plan.store)
 
 
 def stored_config(name: str, storage: Path) -> SweepConfig:

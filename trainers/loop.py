@@ -490,8 +490,8 @@ class _Trial:
         if workspace.rank == 0:
             ema = workspace.modules()[1]
             if sound:
-                save = partial(save_model, ema, workspace.schedule)
-                publish_base(self.base_dir, save, workspace.data, self.store)
+                save = partial(save_model, ema, workspace.schedule, codec=workspace.codec)
+                publish_base(self.base_dir, save, workspace.fingerprint, self.store)
                 workspace.load_base(self.base_dir)
                 calibration = (
                     workspace.calibration

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dualsweep.constraints import Constraint, NonFiniteError
+from dualsweep.trainers.codec import AS_THEY_ARE, Codec
 from dualsweep.trainers.labellers import Labeller
 from dualsweep.trainers.samplers import starting_noise
 
@@ -132,6 +133,7 @@ def share_draws(
     counts: Mapping[int, int],
     shape: tuple[int, ...],
     num_sampling_steps: int,
+    codec: Codec = AS_THEY_ARE,
 ) -> Draws:
     """Membership weights of the model's own samples, drawn by logical shard, float64 (n, num_constraints).
 
@@ -147,4 +149,4 @@ def share_draws(
         raise NonFiniteError(
             f"{len(bad)} of {len(samples)} samples of the model are not finite, the first is draw {bad[0]}"
         )
-    return Draws(labeller.label(samples.numpy())[:, list(classes)].astype(np.float64), samples)
+    return Draws(labeller.label(codec.decode(samples).numpy())[:, list(classes)].astype(np.float64), samples)

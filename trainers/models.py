@@ -11,6 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from dualsweep.trainers.codec import AS_THEY_ARE, Autoencoder, Codec
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 
 CACHED_BYTES = 2**21  # of the widest activation: above it one forward of many images is slower than several of few
@@ -167,21 +168,27 @@ def build_denoiser(
 
 
 def check_image_size(model: dict[str, Any], sample_shape: tuple[int, ...]) -> None:
-    """Raises: ValueError naming model.channels when the images do not halve once a level."""
+    """Raises: ValueError naming model.channels when the images, or their latents, do not halve once a level."""
+    what = "latents" if model.get("autoencoder") else "images"
     factor = 2 ** (len(model["channels"]) - 1)
     if sample_shape[-1] % factor or sample_shape[-2] % factor:
         raise ValueError(
-            f"model.channels={list(model['channels'])} halves images {len(model['channels']) - 1} times, but their size "
+            f"model.channels={list(model['channels'])} halves {what} {len(model['channels']) - 1} times, but their size "
             f"{sample_shape[-2]}x{sample_shape[-1]} is not a multiple of {factor}: set data.size to one or use fewer levels"
         )
 
 
-def save_model(denoiser: Denoiser, schedule: NoiseSchedule, folder: Path) -> None:
+def save_model(denoiser: Denoiser, schedule: NoiseSchedule, folder: Path, codec: Codec = AS_THEY_ARE) -> None:
     """Write the diffusers layout: a DDPMPipeline for U-Nets, a model folder with its scheduler for vectors.
 
-    Safetensors only.
+    A U-Net of latents is left without a pipeline, which would show latents as if they were images: `unet`, `scheduler` and
+    the name of the autoencoder. Safetensors only.
     """
-    if isinstance(denoiser.network, UNet2DModel):
+    if isinstance(codec, Autoencoder):
+        denoiser.network.save_pretrained(folder / "unet", safe_serialization=True)
+        schedule.scheduler.save_pretrained(folder / "scheduler")
+        codec.name_in(folder)
+    elif isinstance(denoiser.network, UNet2DModel):
         DDPMPipeline(unet=denoiser.network, scheduler=schedule.scheduler).save_pretrained(
             folder, safe_serialization=True
         )

@@ -131,7 +131,7 @@ def evaluate_trial(
             num_sampling_steps=evaluation["num_sampling_steps"],
             batch_size=evaluation["batch_size"],
         )
-    samples = samples.numpy()
+    images = workspace.codec.decode(samples).numpy()
     objective = judge.objective(
         ema, multipliers, evaluation=evaluation, base_errors=lambda: workspace.base_errors(config["seed"])
     )
@@ -144,7 +144,7 @@ def evaluate_trial(
             "meaning": objective.meaning,
         },
         "constraints": _constraint_rows(workspace, problem, measurement, method, summary["kind"]),
-        "histogram": _histogram(workspace, samples),
+        "histogram": _histogram(workspace, images),
     }
     if summary["kind"] == "constrained":
         canonical = measurement.canonical(problem.constraints)
@@ -166,14 +166,14 @@ def evaluate_trial(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "model", lambda part: judge.save(ema, multipliers, part))
     with in_place_of(folder / "samples.npy") as part, open(part, "wb") as file:
-        np.save(file, samples[: _kept_samples(data, evaluation)].astype(np.float32))
+        np.save(file, images[: _kept_samples(data, evaluation)].astype(np.float32))
     if objective.errors is not None:
         with in_place_of(folder / "held_out_errors.npy") as part, open(part, "wb") as file:
             np.save(file, objective.errors)
     exact = method.exact(problem.constraints, config["dual"]) if summary["kind"] == "constrained" else None
     if exact is not None and exact.log_density is not None and data.sample_shape == (2,):
         with in_place_of(folder / "exact_density.npz") as part, open(part, "wb") as file:
-            np.savez(file, **density_on_grid(exact.log_density, samples))
+            np.savez(file, **density_on_grid(exact.log_density, images))
     return result
 
 
@@ -195,9 +195,9 @@ def _kept_samples(data: ConstrainedData, evaluation: dict[str, Any]) -> int:
     return evaluation["grid_samples"] if len(data.sample_shape) > 1 else 2000
 
 
-def _histogram(workspace: Workspace, samples: np.ndarray) -> dict[str, Any]:
+def _histogram(workspace: Workspace, images: np.ndarray) -> dict[str, Any]:
     data, labeller = workspace.data, workspace.evaluation_labeller
-    weights = labeller.label(samples)
+    weights = labeller.label(images)
     counts = np.bincount(weights.argmax(1), minlength=weights.shape[1])
     return {
         "classes": [str(name) for name in data.class_names],
@@ -244,11 +244,12 @@ def _constraint_rows(
     return rows
 
 
-def publish_base(folder: Path, save: Callable[[Path], None], data: ConstrainedData, store: Store) -> None:
+def publish_base(folder: Path, save: Callable[[Path], None], fingerprint: str, store: Store) -> None:
     """Put a pretrained model where every sweep that shares it looks: the model and base.json in one move, once.
 
     One that another sweep published in the meantime stays: its trials may be reading it. A remote store has no such move;
     there base.json is written last, and of two sweeps that publish within the same seconds the second one's model counts.
+    Args: fingerprint: of the data that it was trained on (`Workspace.fingerprint`).
     Raises: StorageError when it cannot be written.
     """
     if store.exists(folder / "base.json"):
@@ -257,7 +258,7 @@ def publish_base(folder: Path, save: Callable[[Path], None], data: ConstrainedDa
     with writing_to(folder, part):
         part.mkdir(parents=True)
         save(part / "model")
-        write_json(part / "base.json", {"data": data.fingerprint})
+        write_json(part / "base.json", {"data": fingerprint})
         if store.uri is not None or not (folder / "base.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)  # incomplete, or never pushed
         sync(part)

@@ -16,6 +16,7 @@ from torch import nn
 
 from dualsweep.constraints import NonFiniteError
 from dualsweep.datasets import ConstrainedData, DatasetSpec, Streams, build
+from dualsweep.trainers.codec import open_codec
 from dualsweep.trainers.evaluate import weighted_errors
 from dualsweep.trainers.labellers import Labeller, evaluation_labeller, training_labeller
 from dualsweep.trainers.methods import METHODS, Method, Setting
@@ -37,8 +38,11 @@ class Workspace:
         self.store = store  # None: all paths are the storage itself
         self.accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
-        self.schedule = NoiseSchedule(**config["schedule"], clip_sample=config["data"]["dataset"] != "gaussian_mixture")
-        self.data: ConstrainedData = build(data_spec)
+        self.schedule = schedule_of(config)
+        self.codec = open_codec(config["model"], self.device)
+        self.images: ConstrainedData = build(data_spec)
+        self.data = self.codec.encoded(self.images, store or Store(Path(config["storage"])))  # as the network sees them
+        self.fingerprint = self.codec.fingerprint(self.images)
         self.formulation: type[Method] = METHODS[config["method"]]
         self.options = self.formulation.options(config["formulation"])
         self.set_names: tuple[str, ...] = tuple(self.data.constraints)
@@ -75,13 +79,13 @@ class Workspace:
 
     @property
     def training_labeller(self) -> Labeller:
-        self._training_labeller = self._training_labeller or training_labeller(self.data)
+        self._training_labeller = self._training_labeller or training_labeller(self.images)
         return self._training_labeller
 
     @property
     def evaluation_labeller(self) -> Labeller:
         self._evaluation_labeller = self._evaluation_labeller or evaluation_labeller(
-            self.data, seed=self.config["seed"]
+            self.images, seed=self.config["seed"]
         )
         return self._evaluation_labeller
 
@@ -124,8 +128,10 @@ class Workspace:
                 raise ValueError(
                     f"{folder / 'base.json'}: damaged ({error}); remove the folder to train it again"
                 ) from error
-            if trained_on != self.data.fingerprint:
-                raise ValueError(f"{folder}: trained on other data than there is now; remove the folder")
+            if trained_on != self.fingerprint:
+                raise ValueError(
+                    f"{folder}: trained on other data than there is now, or on latents of another autoencoder; remove the folder"
+                )
             self._base = self._to_device(load_model(folder / "model")).requires_grad_(False).eval()
             self._base_dir = folder
         return self._base
@@ -176,6 +182,7 @@ class Workspace:
             device=self.device,
             tensors=tensors,
             labeller=lambda: self.training_labeller,
+            codec=self.codec,
             cache=self._cache,
             evaluation_steps=self.config["evaluation"]["num_sampling_steps"],
         )
@@ -219,6 +226,12 @@ class Workspace:
             num_train_timesteps=self.schedule.num_train_timesteps,
             sample_shape=method.noise_shape,
         )
+
+
+def schedule_of(config: dict[str, Any]) -> NoiseSchedule:
+    """The noise schedule of a sweep; what is sampled is kept within [-1, 1] where it is an image."""
+    images = config["data"]["dataset"] != "gaussian_mixture" and not config["model"].get("autoencoder")
+    return NoiseSchedule(**config["schedule"], clip_sample=images)
 
 
 def _readable(path: Path) -> Any:

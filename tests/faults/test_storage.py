@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
 from moto.server import ThreadedMotoServer
 from pyarrow import fs as pafs
@@ -34,6 +35,7 @@ from dualsweep.orchestration.storage import bring, check_storage, open_store
 from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.loop import run_trial
 from dualsweep.trainers.store import MANIFEST, PATIENCE_VARIABLE, DamagedError, StorageError
+from dualsweep.trainers.tensor_cache import cached_tensors
 from dualsweep.trainers.workspace import Workspace
 
 BUCKET = "bucket"
@@ -176,6 +178,32 @@ def test_a_folder_damaged_on_the_store_is_refused_by_file(damage, bucket, addres
     with pytest.raises(DamagedError, match=rf"{address}/model is damaged \(deep/b\.bin"):
         there.fetch(there.root / "model")
     assert not list(there.root.glob("model*"))
+
+
+def test_tensors_that_one_machine_made_are_read_by_others_and_made_again_where_they_are_damaged(
+    bucket, address, machine
+):
+    made = []
+
+    def tensors():
+        made.append(1)
+        return {"latents": torch.arange(6.0).view(2, 3)}
+
+    def read(name: str) -> torch.Tensor:
+        machine(name)
+        store = open_store(address)
+        return cached_tensors(store.root / "bases" / "latents" / "one", store, tensors)["latents"]
+
+    first = read("first")
+    assert torch.equal(read("second"), first) and len(made) == 1
+    store = open_store(address)
+    local = store.root / "bases" / "latents" / "one" / "tensors.safetensors"
+    local.write_bytes(b"x")
+    assert torch.equal(read("second"), first) and len(made) == 1  # fetched again
+    with bucket.files.open_output_stream(key(address, "bases", "latents", "one", "tensors.safetensors")) as stream:
+        stream.write(b"x")
+    assert torch.equal(read("third"), first) and len(made) == 2
+    assert torch.equal(read("fourth"), first) and len(made) == 2
 
 
 def test_a_push_that_is_killed_leaves_nothing_that_counts(bucket, address, machine, moment):

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, UNet2DModel
 from PIL import Image
 from rich.console import Console
 
@@ -550,6 +550,56 @@ def test_a_pretrained_model_of_other_images_is_refused_and_one_that_fits_is_not(
     assert "model.pretrained=" in said and "channels-3" in said and "3 channels, the data have 1" in said
     with pytest.raises(RayStarted):
         desk.call("sweep", desk.write(changed(desk.config(), {"model.pretrained": "channels-1"})))
+
+
+def autoencoder(folder: Path, *, channels: int = 1, levels: int = 2) -> None:
+    """Untrained, of 2 latent channels, a latent for 2^(levels - 1) pixels a side."""
+    AutoencoderKL(
+        in_channels=channels, out_channels=channels, block_out_channels=(4,) * levels, latent_channels=2,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=2,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+AUTOENCODERS = {
+    "not there": ({"model.autoencoder": "nowhere"}, ["model.autoencoder='nowhere'", "give a local folder"]),
+    "another network": ({"model.autoencoder": "unet"}, ["/unet'", "it holds a UNet2DModel", "give a local folder"]),
+    "weights cut short": ({"model.autoencoder": "cut"}, ["model.autoencoder=", "/cut' cannot be loaded"]),
+    "colour for grey": ({"model.autoencoder": "color"}, ["model.autoencoder=", "3 channels, the data have 1"]),
+    "five levels": ({"model.autoencoder": "deep"}, ["model.autoencoder=", "16x16 pixels", "8x8", "data.size"]),
+    "vectors": (
+        {"data": {"dataset": "gaussian_mixture"}, "model": {"kind": "mlp", "autoencoder": "vae"}},
+        ["model.autoencoder is for images", "remove it"],
+    ),
+    "latents that do not halve": (
+        {"model.autoencoder": "vae", "model.channels": [8, 8, 8, 8]},
+        ["model.channels=[8, 8, 8, 8] halves latents 3 times", "4x4"],
+    ),
+    "a network of images": (
+        {"model.autoencoder": "vae", "model.pretrained": "unet"},
+        ["/unet': made for latents of 1 channels", "model.autoencoder have 2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AUTOENCODERS)
+def test_an_autoencoder_that_does_not_fit_is_refused_and_one_that_does_is_not(case, desk):
+    autoencoder(desk.work / "vae")
+    autoencoder(desk.work / "cut")
+    weights = desk.work / "cut" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    autoencoder(desk.work / "color", channels=3)
+    autoencoder(desk.work / "deep", levels=5)
+    UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=8,
+        block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    ).save_pretrained(desk.work / "unet")  # fmt: skip
+    changes, words = AUTOENCODERS[case]
+    said = desk.refused("sweep", desk.write(changed(desk.config(), changes)))
+    for word in words:
+        assert word in said, said
+    with pytest.raises(RayStarted):
+        desk.call("sweep", desk.write(changed(desk.config(), {"model.autoencoder": "vae"})))
 
 
 def test_a_pretrained_path_that_is_not_there_is_refused(desk):

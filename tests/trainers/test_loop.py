@@ -594,7 +594,7 @@ def test_files_that_a_power_cut_emptied_are_named_or_made_again(sweeps, tmp_path
 
 
 def test_of_two_sweeps_that_pretrain_at_once_the_first_ones_model_stays(sweeps, tmp_path):
-    data, folder, store = sweeps("mixture").workspace.data, tmp_path / "bases" / "key", Store(tmp_path)
+    data, folder, store = sweeps("mixture").workspace.fingerprint, tmp_path / "bases" / "key", Store(tmp_path)
 
     def saving(text: str, meanwhile=lambda: None):
         def save(part: Path) -> None:

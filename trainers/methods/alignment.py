@@ -57,12 +57,12 @@ class Alignment(OnPolicy):
     @cached_property
     def rewards(self) -> list[Reward]:
         """In the order of the constraints."""
-        data = self.setting.data
+        data, codec = self.setting.data, self.setting.codec
         return [
             make_reward(
                 name,
                 self.setting.options["rewards"][name],
-                sample_shape=data.sample_shape,
+                sample_shape=codec.image_shape(data.sample_shape),
                 class_names=data.class_names,
                 labeller=self.setting.labeller,
             )
@@ -70,7 +70,8 @@ class Alignment(OnPolicy):
         ]
 
     def raw_values(self, samples: torch.Tensor, noises: torch.Tensor) -> torch.Tensor:
-        return torch.stack([reward(samples) for reward in self.rewards])
+        images = self.setting.codec.decode(samples)
+        return torch.stack([reward(images) for reward in self.rewards])
 
     def scales(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation. Raises: ValueError for a reward that does not vary."""

@@ -11,6 +11,7 @@ import torch
 
 from dualsweep.constraints import Constraint, DualDomain, NonNegative
 from dualsweep.datasets import ConstrainedData, DatasetSpec, DatasetSummary
+from dualsweep.trainers.codec import AS_THEY_ARE, Codec
 from dualsweep.trainers.evaluate import EVALUATION_COUNTER, denoising_losses, weighted_errors
 from dualsweep.trainers.labellers import Labeller
 from dualsweep.trainers.metrics import Draws, Measurement, loss_measurement, share_draws, share_measurement
@@ -40,6 +41,7 @@ class Setting:
     device: torch.device
     tensors: Mapping[str, torch.Tensor]  # "main" and every set's samples, on `device`
     labeller: Callable[[], Labeller]  # of the training; made on first use
+    codec: Codec = AS_THEY_ARE  # from samples to images; labellers and rewards look at images
     cache: dict[str, Any] = field(default_factory=dict)  # kept by the worker process from trial to trial
     evaluation_steps: int | None = None  # sampling steps of the evaluation; None: not known
 
@@ -296,6 +298,7 @@ class Method:
             counts=counts,
             shape=self.setting.data.sample_shape,
             num_sampling_steps=num_sampling_steps,
+            codec=self.setting.codec,
         )
 
     def measurement(self, rows: np.ndarray, multipliers: np.ndarray) -> Measurement:
@@ -373,7 +376,7 @@ class Method:
 
     def save(self, denoiser: Denoiser, multipliers: torch.Tensor, folder: Path) -> None:
         """Write the model a trial leaves, in the diffusers layout."""
-        save_model(denoiser, self.setting.schedule, folder)
+        save_model(denoiser, self.setting.schedule, folder, self.setting.codec)
 
     def dual_value(self, multipliers: np.ndarray) -> tuple[float, float] | None:
         """Minimum over all models of objective + multipliers . canonical metrics, nats, and its standard error.

@@ -29,6 +29,7 @@ from dualsweep.trainers.annealed import (
     ShardNoise,
     condition_predictions,
 )
+from dualsweep.trainers.codec import AS_THEY_ARE, Codec
 from dualsweep.trainers.estimators import EXACT_DIVERGENCE_DIM, Predictor, point_kl
 from dualsweep.trainers.evaluate import EVALUATION_COUNTER
 from dualsweep.trainers.labellers import Labeller
@@ -78,9 +79,11 @@ class ComposedLaw:
         )
 
 
-def save_composition(denoiser: Denoiser, composition: ComposedLaw, schedule: NoiseSchedule, folder: Path) -> None:
+def save_composition(
+    denoiser: Denoiser, composition: ComposedLaw, schedule: NoiseSchedule, folder: Path, codec: Codec = AS_THEY_ARE
+) -> None:
     """The pretrained model in its usual layout, and ``composition.json`` beside it."""
-    save_model(denoiser, schedule, folder)
+    save_model(denoiser, schedule, folder, codec)
     Path(folder, COMPOSITION_FILE).write_text(json.dumps(asdict(composition), indent=1), encoding="utf-8")
 
 
@@ -463,7 +466,8 @@ class Composed(Method):
     def save(self, denoiser: Denoiser, multipliers: torch.Tensor, folder: Path) -> None:
         if self.trains:
             return super().save(denoiser, multipliers, folder)
-        return save_composition(self.base, self.composed_law(multipliers), self.setting.schedule, folder)
+        setting = self.setting
+        return save_composition(self.base, self.composed_law(multipliers), setting.schedule, folder, setting.codec)
 
     def solved(
         self, solve: Callable[..., Oracle], constraints: Sequence[Constraint], rule: Mapping[str, Any]
