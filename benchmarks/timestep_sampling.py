@@ -23,7 +23,7 @@ from _harness import closing_line, spread
 
 from dualsweep.datasets.gaussians import GaussianMixture
 from dualsweep.trainers.estimators import Predictor, sample_timesteps
-from dualsweep.trainers.models import MLPDenoiser
+from dualsweep.trainers.mlp import MLPDenoiser
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 
 TRAIN_STEPS = 500

@@ -11,16 +11,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch.utils.checkpoint import checkpoint
 
 from dualsweep.datasets import ConstrainedData, LabelledSet
 from dualsweep.trainers.store import Store, in_place_of
 from dualsweep.trainers.tensor_cache import cached_tensors, digest_of
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 CODEC_FILE = "autoencoder.json"  # in a model's folder: which autoencoder its samples are the latents of
 PIXELS_AT_ONCE = 2**19  # through an autoencoder, all images of a part together: two of 512x512
@@ -202,8 +204,10 @@ class Autoencoder(Codec):
     def _at_once(self, image_shape: tuple[int, ...]) -> int:
         return max(1, PIXELS_AT_ONCE // (image_shape[-2] * image_shape[-1]))
 
-    def _read(self) -> AutoencoderKL:
+    def _read(self) -> "AutoencoderKL":
         """The whole network. Raises: ValueError naming model.autoencoder when its weights cannot be read."""
+        from diffusers import AutoencoderKL  # here: see NoiseSchedule
+
         try:
             with torch.inference_mode(False):  # kept beyond the call that happens to be the first
                 network = AutoencoderKL.from_pretrained(self.folder, use_safetensors=True, torch_dtype=torch.float32)
@@ -275,6 +279,6 @@ def distinct(sets: Mapping[str, np.ndarray]) -> tuple[list[tuple[str, int]], dic
     return places, rows
 
 
-def _without_encoder(network: AutoencoderKL) -> AutoencoderKL:
+def _without_encoder(network: "AutoencoderKL") -> "AutoencoderKL":
     network.encoder = network.quant_conv = None
     return network

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.svm import SVC
 
 from dualsweep.datasets import ConstrainedData, LabelledSet
 
@@ -71,6 +70,8 @@ def with_moved_copies(images: LabelledSet) -> LabelledSet:
 
 
 def _support_vectors(data: ConstrainedData, *, train: LabelledSet, test: LabelledSet, name: str) -> Labeller:
+    from sklearn.svm import SVC  # here: see NoiseSchedule
+
     rng = np.random.default_rng(0)
     kept = np.concatenate(
         [

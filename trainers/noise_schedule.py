@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 
 
 class NoiseSchedule:
@@ -20,6 +19,8 @@ class NoiseSchedule:
         beta_end: float = 0.02,
         clip_sample: bool = True,
     ) -> None:
+        from diffusers import DDPMScheduler  # here: it takes seconds, and checking a sweep needs none of it
+
         self.scheduler = DDPMScheduler(
             num_train_timesteps=num_train_timesteps,
             beta_start=beta_start,

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
 
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 
@@ -43,6 +42,8 @@ def ddim_sample(
     Returns: x_0, same shape as start, on the CPU.
     Source: Song, Meng and Ermon, ICLR 2021, eq. 12.
     """
+    from diffusers import DDIMScheduler  # here: see NoiseSchedule
+
     device = next(denoiser.parameters()).device
     scheduler = DDIMScheduler.from_config(schedule.scheduler.config, set_alpha_to_one=True)
     scheduler.set_timesteps(min(num_sampling_steps, schedule.num_train_timesteps))

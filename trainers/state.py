@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -34,6 +33,8 @@ class TrainState:
         optimizer_config: dict[str, Any],
         scaler: Any = None,
     ) -> None:
+        from diffusers.training_utils import EMAModel  # here: see NoiseSchedule
+
         self.denoiser = denoiser
         self.ema_denoiser = ema_denoiser
         self.config = optimizer_config

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from dualsweep.constraints import NonFiniteError
@@ -31,6 +30,8 @@ class Workspace:
     """Caches of one worker process for one sweep; `config` is the sweep's resolved config as a dictionary."""
 
     def __init__(self, config: dict[str, Any], data_spec: DatasetSpec, store: Store | None = None) -> None:
+        from accelerate import Accelerator  # here: see NoiseSchedule
+
         precision = config["primal"]["precision"]
         if precision == "fp16" and not torch.cuda.is_available():
             precision = "fp32"  # preflight refused a mixed setting already; the CPU has no fp16 scaler

@@ -8,9 +8,9 @@ import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
 from dualsweep.trainers import models
+from dualsweep.trainers.mlp import MLPDenoiser
 from dualsweep.trainers.models import (
     Denoiser,
-    MLPDenoiser,
     build_denoiser,
     check_image_size,
     load_model,

@@ -21,7 +21,8 @@ from dualsweep.trainers.bad_numbers import DeferredChecks
 from dualsweep.trainers.methods.base import Batch, StreamSums
 from dualsweep.trainers.methods.fairness import Fairness, Pretraining
 from dualsweep.trainers.methods.unlearn_forward_kl import UnlearnForwardKL
-from dualsweep.trainers.models import Denoiser, MLPDenoiser
+from dualsweep.trainers.mlp import MLPDenoiser
+from dualsweep.trainers.models import Denoiser
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.primal import NonFiniteError, primal_step
 from dualsweep.trainers.state import TrainState

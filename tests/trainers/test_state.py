@@ -11,7 +11,8 @@ from dualsweep.datasets import Streams
 from dualsweep.trainers.checkpoints import find_checkpoint
 from dualsweep.trainers.methods.base import Batch
 from dualsweep.trainers.methods.fairness import Fairness
-from dualsweep.trainers.models import Denoiser, MLPDenoiser
+from dualsweep.trainers.mlp import MLPDenoiser
+from dualsweep.trainers.models import Denoiser
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 from dualsweep.trainers.primal import primal_step
 from dualsweep.trainers.state import CheckpointError, TrainState, read_checkpoint_meta

@@ -29,7 +29,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from accelerate.utils import reduce
 
 from dualsweep.constraints import NonFiniteError
 from dualsweep.trainers.chains import Chain, build_chain, chain_timesteps, prediction_errors, save_chain
@@ -265,6 +264,8 @@ class OnPolicy(Method):
 
     @staticmethod
     def sum_over_workers(values: torch.Tensor) -> torch.Tensor:
+        from accelerate.utils import reduce  # here: see NoiseSchedule
+
         return reduce(values, "sum")
 
     # -- measurement ----------------------------------------------------------------------------------------------------
