@@ -4,6 +4,7 @@ Every import is read from the source with ``ast``, also those inside functions a
 """
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -137,3 +138,11 @@ def test_an_allowed_import_is_left_alone(tmp_path, path, source):
     file.parent.mkdir(parents=True)
     file.write_text(source, encoding="utf-8")
     assert complaints(tmp_path) == []
+
+
+def test_a_driver_starts_without_what_only_workers_need():
+    """Each takes seconds to import, before a bad field is named or Ray is started."""
+    source = "import sys, dualsweep.orchestration.sweep; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in loaded
+    assert not {"diffusers", "accelerate", "sklearn", "mlflow", "matplotlib", "plotly"} & set(loaded)
