@@ -20,9 +20,9 @@ def sigterm(driver, moment):
 
 
 def two_ctrl_c(driver, moment):
-    """To all in the terminal's foreground. The second one strikes anywhere between the first and its last checkpoint."""
+    """To all in the terminal's foreground. The second one comes before the workers have heard of the first, or later."""
     os.killpg(driver.pid, signal.SIGINT)
-    time.sleep(moment.uniform(0.0, 1.5))  # the second one's moment
+    time.sleep(moment.choice([0.1, moment.uniform(0.1, 1.5)]))  # the second one's moment
     with contextlib.suppress(ProcessLookupError):
         os.killpg(driver.pid, signal.SIGINT)
 
