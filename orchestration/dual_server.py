@@ -265,9 +265,6 @@ class DualServer:
         await self._commit.close()
 
     async def _direct(self, trial_id: str, directive: str) -> None:
-        """While the sweep is interrupted nothing is stopped for good: Tune closes every slot on its way out."""
-        if directive == "stop" and self._halting:
-            return
         if self.ledger.book(trial_id).status == "running":
             await self._perform([{"kind": "directive", "trial": trial_id, "directive": directive}])
 

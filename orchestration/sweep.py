@@ -48,7 +48,6 @@ KEPT = ("completed", "stopped", "diverged")  # a resume runs the others (failed,
 MILESTONES = 20  # results a trial gives to Tune's scheduler
 TRACKING_FLUSH_S = 60.0
 FREE_S = 20.0  # how long Ray may take to free what the sweep held
-TOLD_S = 5.0  # how long a second Ctrl-C waits until the DualServer knows of the first
 PREDECESSOR_S = 60.0  # how long a resume waits for the actors of a driver that died to go
 LOCK_S = 1.0  # `status` holds the driver's lock for a moment to see whether it is free
 
@@ -138,7 +137,7 @@ def _run(plan: Plan, slots: int, console: Console) -> Outcome:
     try:
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
         ask = partial(_ask_to_halt, halt, watcher, console)
-        with Progress(watcher, console, title=config.name), interruptible(ask, insist=partial(_stop_at_once, halt, watcher)):
+        with Progress(watcher, console, title=config.name), interruptible(ask, insist=partial(_stop_at_once, halt)):
             try:
                 if todo or config.thresholds.search is not None:
                     try:
@@ -401,10 +400,8 @@ def _ask_to_halt(halt: Halt, watcher: Watcher, console: Console) -> bool:
     return True
 
 
-def _stop_at_once(halt: Halt, watcher: Watcher) -> None:
-    """What still trains ends with this driver. Tune closes the slots now: a DualServer that had not heard of the interrupt
-    would take their trials for stopped, which a resume leaves alone."""
-    watcher.told.wait(TOLD_S)
+def _stop_at_once(halt: Halt) -> None:
+    """What still trains ends with this driver."""
     halt.at_once = True
     raise KeyboardInterrupt
 

@@ -78,7 +78,6 @@ class Watcher:
         self._ended: list[str] = []
         self._stopping = threading.Event()
         self._interrupting = threading.Event()
-        self.told = threading.Event()  # the DualServer knows of the interrupt
         self._thread = threading.Thread(target=self._run, daemon=True, name="watcher")
 
     def _view(self, point: dict[str, Any]) -> TrialView:
@@ -102,13 +101,9 @@ class Watcher:
     def _run(self) -> None:
         while not self._stopping.wait(INTERVAL_S):
             if self._interrupting.is_set():  # also when looking fails: Ctrl-C comes through here alone
-                self._try(self._tell)
+                self._try(lambda: self.server.call("interrupt"))
             self._try(self.look)
         self.error = self._try(self.look)
-
-    def _tell(self) -> None:
-        self.server.call("interrupt")
-        self.told.set()
 
     def _try(self, call: Callable[[], Any]) -> BaseException | None:
         """A call that may fail this time: the next turn does all of it again, and only the last one's error counts."""

@@ -161,22 +161,6 @@ def test_a_trial_whose_workers_died_before_they_heard_that_it_is_stopped_is_stop
     asyncio.run(sweep())
 
 
-def test_a_slot_that_closes_while_the_sweep_is_interrupted_does_not_stop_its_trial_for_good(tmp_path):
-    """A second Ctrl-C has Tune close the slots before the workers have heard of the first: a resume has to go on with them."""
-
-    async def directive(interrupted):
-        server = DualServer(str(tmp_path / str(interrupted)), "")
-        await server.assign("slot", assignment(tmp_path), 1)
-        await server.begin("t", 1, PROBLEM, RULE, [0.0], None)
-        if interrupted:
-            await server.interrupt()
-        await server.assign("slot", None)
-        return (await server.report("t", 1, 1, measurement(1))).directive
-
-    assert asyncio.run(directive(True)) == "interrupt"
-    assert asyncio.run(directive(False)) == "stop"
-
-
 def test_a_server_that_cannot_start_says_why(monkeypatch):
     cause = RayTaskError(
         "DualServer.__init__", "Traceback\nJournalError: journal.jsonl: record at byte 7 is corrupted", None
