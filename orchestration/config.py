@@ -54,6 +54,8 @@ class ModelConfig(_Section):
     """Residual blocks of the MLP."""
     pretrained: str | None = None
     """A diffusers folder (or hub name) to continue from; skips `pretrain`."""
+    prompts: dict[str, str] | None = None
+    """For a pretrained text-to-image network: the prompt of `main`, and of every set whose law it has to know."""
     autoencoder: str | None = None
     """A folder with a diffusers AutoencoderKL (or a pipeline's, in `vae`): the network learns latents of the images."""
     channels_last: bool = False
@@ -70,6 +72,15 @@ class ModelConfig(_Section):
         bad = [c for c in self.channels if c % self.norm_groups]
         if self.kind == "unet" and bad:
             raise ValueError(f"channels {bad} are not multiples of norm_groups={self.norm_groups}")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_say_something(self) -> "ModelConfig":
+        if self.prompts is not None and not self.pretrained:
+            raise ValueError("prompts need a text-to-image network: give its folder as model.pretrained")
+        empty = [name for name, text in (self.prompts or {}).items() if not text.strip()]
+        if empty:
+            raise ValueError(f"prompts.{empty[0]} is empty: write what the images shall show")
         return self
 
 

@@ -14,8 +14,12 @@ from dualsweep.orchestration.storage import bring, check_storage, impatient, ope
 from dualsweep.orchestration.tracking import check_tracking, resolve_tracking_uri
 from dualsweep.trainers.codec import Autoencoder, check_latents, open_codec
 from dualsweep.trainers.methods import METHODS, Method
-from dualsweep.trainers.models import check_image_size, load_model
+from dualsweep.trainers.models import Denoiser, check_image_size, load_model
+from dualsweep.trainers.prompts import open_prompts
 from dualsweep.trainers.store import Store
+from dualsweep.trainers.workspace import read_json
+
+SCHEDULER = "scheduler/scheduler_config.json"
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
             check_image_size(config.model.model_dump(), shape)
         _check_shards(config)
         _check_precision(config)
+        _check_prompts(config, method.pretraining_sets(summary.constraint_names, config.thresholds.unit))
         _check_pretrained(config, shape)
         if not on_cluster:
             check_fits_locally(config.compute)
@@ -154,6 +159,38 @@ def _check_autoencoder(config: SweepConfig, sample_shape: tuple[int, ...] | None
     return sample_shape and codec.sample_shape(sample_shape)
 
 
+def _check_prompts(config: SweepConfig, laws: tuple[str, ...]) -> None:
+    """One for each law that the network has to know, and no other: conditions are counted. Raises: ValueError."""
+    given = config.model.prompts
+    if given is None:
+        return
+    for name in laws:
+        if name not in given:
+            raise ConfigError(
+                f"model.prompts.{name} is missing: method {config.method} asks the network for {', '.join(laws)}; write one for each"
+            )
+    for name in given:
+        if name not in laws:
+            raise ConfigError(
+                f"model.prompts.{name}: method {config.method} asks the network for {', '.join(laws)} alone; remove it"
+            )
+    open_prompts(config.model.model_dump(), laws)
+
+
+def _check_text_network(config: SweepConfig, denoiser: Denoiser) -> None:
+    """Prompts belong to networks that take them, and the other way round. Raises: ValueError."""
+    folder, text = config.model.pretrained, denoiser.takes_text
+    prompts = open_prompts(config.model.model_dump(), tuple(config.model.prompts or ()))
+    if text and prompts is None and denoiser.prompts is None:
+        raise ConfigError(
+            f"model.prompts is missing: model.pretrained={folder!r} is a text-to-image network; write main's prompt"
+        )
+    if prompts is not None and not text:
+        raise ConfigError(f"model.prompts: model.pretrained={folder!r} takes no text; remove them")
+    if prompts is not None:
+        prompts.check(denoiser.network.config)
+
+
 def _check_pretrained(config: SweepConfig, sample_shape: tuple[int, ...] | None) -> None:
     """Read a local model whole: a damaged one would otherwise be found after Ray has started."""
     folder = config.model.pretrained
@@ -165,11 +202,18 @@ def _check_pretrained(config: SweepConfig, sample_shape: tuple[int, ...] | None)
             f"model.pretrained={folder!r}: holds neither {', '.join(files[:-1])} nor {files[-1]}; give a diffusers model folder"
         )
     try:
-        network = load_model(folder).network
+        denoiser = load_model(folder)
     except ValueError as error:
         raise ConfigError(f"model.pretrained={folder!r}: {error}; give a diffusers model folder") from error
+    said = read_json(Path(folder, SCHEDULER)) if Path(folder, SCHEDULER).is_file() else {}
+    if said.get("prediction_type", "epsilon") != "epsilon":
+        raise ConfigError(
+            f"model.pretrained={folder!r}: predicts {said['prediction_type']!r} ({SCHEDULER}); give one that predicts the noise "
+            "(epsilon)"
+        )
+    _check_text_network(config, denoiser)
     check_latents(Path(folder), open_codec(config.model.model_dump()))
-    channels = getattr(network.config, "in_channels", None)
+    channels = getattr(denoiser.network.config, "in_channels", None)
     if channels is not None and sample_shape is not None and channels != sample_shape[0]:
         raise ConfigError(
             f"model.pretrained={folder!r}: made for images of {channels} channels, the data have {sample_shape[0]}; "

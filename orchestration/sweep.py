@@ -42,7 +42,7 @@ from dualsweep.orchestration.tracking import Tracker, Undelivered, check_trackin
 from dualsweep.orchestration.watch import Watcher, sweep_metrics, trial_folder
 from dualsweep.trainers.results import publish_base
 from dualsweep.trainers.store import StorageError, disk_trouble, in_place_of, local_trouble, writing_to
-from dualsweep.trainers.workspace import write_json
+from dualsweep.trainers.workspace import schedule_of, write_json
 
 KEPT = ("completed", "stopped", "diverged")  # a resume runs the others (failed, interrupted, waiting) again
 MILESTONES = 20  # results a trial gives to Tune's scheduler
@@ -349,13 +349,19 @@ def _write_plan(plan: Plan) -> None:
 def adopt_pretrained(plan: Plan) -> None:
     """Make a base of the user's own model: a copy of it."""
     from dualsweep.trainers.codec import open_codec
+    from dualsweep.trainers.methods import METHODS
     from dualsweep.trainers.models import load_model, save_model
-    from dualsweep.trainers.workspace import schedule_of
+    from dualsweep.trainers.prompts import open_prompts
 
     config = plan.config.to_dict()
-    codec = open_codec(config["model"])
-    save = partial(save_model, load_model(plan.config.model.pretrained), schedule_of(config), codec=codec)
-    publish_base(plan.base_dir, save, codec.fingerprint(build(plan.config.data)), plan.store)
+    codec, data = open_codec(config["model"]), build(plan.config.data)
+    fingerprint = codec.fingerprint(data)
+    sets = METHODS[plan.config.method].pretraining_sets(data.constraint_names, plan.config.thresholds.unit)
+    prompts = open_prompts(config["model"], sets)
+    fingerprint = prompts.fingerprint(fingerprint) if prompts else fingerprint
+    denoiser = load_model(plan.config.model.pretrained, prompts and prompts.embeddings(plan.store))
+    save = partial(save_model, denoiser, schedule_of(config), codec=codec)
+    publish_base(plan.base_dir, save, fingerprint, plan.store)
 
 
 def stored_config(name: str, storage: Path) -> SweepConfig:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dualsweep.trainers.codec import AS_THEY_ARE, Autoencoder, Codec
 from dualsweep.trainers.noise_schedule import NoiseSchedule
 
+PROMPTS_FILE = "prompts.safetensors"  # in a model's folder: what its text encoder said of its prompts
 CACHED_BYTES = 2**21  # of the widest activation: above it one forward of many images is slower than several of few
 
 
@@ -21,16 +24,27 @@ class Denoiser(nn.Module):
     """Calls the wrapped network and unwraps diffusers' output objects; parameters keep the network's own names.
 
     A condition is an int64 (batch,): 0 stands for the main law q, i for the i-th constraint set; None means 0.
+
+    Args: prompts: embeddings (num_conditions, tokens, width) of a text-to-image network's prompts, see prompts.py. They are no
+        weights: they are in no state dict, and `save_model` writes them beside the network.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, prompts: torch.Tensor | None = None) -> None:
         super().__init__()
         self.network = network
+        self.register_buffer("prompts", prompts, persistent=False)
 
     @property
     def num_conditions(self) -> int:
         """How many laws the network tells apart; 0 where it takes no condition."""
+        if self.prompts is not None:
+            return len(self.prompts)
         return int(getattr(self.network.config, "num_conditions", None) or self._class_embeds or 0)
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the network wants embeddings of a text, which are `prompts`."""
+        return "cross_attention_dim" in self.network.config
 
     @property
     def _class_embeds(self) -> int | None:
@@ -53,8 +67,10 @@ class Denoiser(nn.Module):
         return min(len(x_t), math.ceil(len(x_t) * widest / CACHED_BYTES)) or 1
 
     def _whole(self, x_t: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
-        if self._class_embeds:
+        if self._class_embeds or self.prompts is not None:
             given = timestep.new_zeros(len(x_t)) if condition is None else condition
+            if self.prompts is not None:
+                return self.network(x_t, timestep, encoder_hidden_states=self.prompts[given]).sample
             return self.network(x_t, timestep, class_labels=given).sample
         if self.num_conditions:
             return self.network(x_t, timestep, condition)
@@ -121,53 +137,60 @@ def check_image_size(model: dict[str, Any], sample_shape: tuple[int, ...]) -> No
 def save_model(denoiser: Denoiser, schedule: NoiseSchedule, folder: Path, codec: Codec = AS_THEY_ARE) -> None:
     """Write the diffusers layout: a DDPMPipeline for U-Nets, a model folder with its scheduler for vectors.
 
-    A U-Net of latents is left without a pipeline, which would show latents as if they were images: `unet`, `scheduler` and
-    the name of the autoencoder. Safetensors only.
+    A U-Net of latents is left without a pipeline, which would show latents as if they were images, and so is one of prompts:
+    `unet`, `scheduler`, the name of the autoencoder, the embeddings of the prompts. Safetensors only.
     """
     from diffusers import DDPMPipeline, UNet2DModel
 
-    if isinstance(codec, Autoencoder):
-        denoiser.network.save_pretrained(folder / "unet", safe_serialization=True)
+    from dualsweep.trainers.mlp import MLPDenoiser
+
+    if isinstance(denoiser.network, MLPDenoiser):
+        denoiser.network.save_pretrained(folder, safe_serialization=True)
         schedule.scheduler.save_pretrained(folder / "scheduler")
-        codec.name_in(folder)
-    elif isinstance(denoiser.network, UNet2DModel):
+    elif isinstance(denoiser.network, UNet2DModel) and not isinstance(codec, Autoencoder):
         DDPMPipeline(unet=denoiser.network, scheduler=schedule.scheduler).save_pretrained(
             folder, safe_serialization=True
         )
     else:
-        denoiser.network.save_pretrained(folder, safe_serialization=True)
+        denoiser.network.save_pretrained(folder / "unet", safe_serialization=True)
         schedule.scheduler.save_pretrained(folder / "scheduler")
+        codec.name_in(folder)
+        if denoiser.prompts is not None:
+            save_file({"embeddings": denoiser.prompts.cpu()}, folder / PROMPTS_FILE)
 
 
-def load_model(folder: str | Path) -> Denoiser:
-    """Read what `save_model` wrote, or any diffusers folder or hub name that holds a UNet2DModel.
+def load_model(folder: str | Path, prompts: torch.Tensor | None = None) -> Denoiser:
+    """Read what `save_model` wrote, or any diffusers folder that holds a UNet2DModel or a UNet2DConditionModel, or hub name
+    of the former.
 
+    Args: prompts: embeddings of a text-to-image network's prompts; None: those in the folder, if there are any.
     Its dropout is switched off: it draws from a generator that is in no checkpoint, so a resumed run would be another one.
     Raises: ValueError naming the folder when it is not such a model.
     """
-    denoiser = _read_model(str(folder))
+    denoiser = _read_model(str(folder), prompts)
     for module in denoiser.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return denoiser
 
 
-def _read_model(folder: str) -> Denoiser:
-    from diffusers import UNet2DModel
+def _read_model(folder: str, prompts: torch.Tensor | None) -> Denoiser:
+    from diffusers import UNet2DConditionModel, UNet2DModel
 
     from dualsweep.trainers.mlp import MLPDenoiser
 
-    index = Path(folder) / "model_index.json"
+    root = Path(folder)
+    alone = (root / "config.json").is_file() and not (root / "model_index.json").is_file()
+    config = root / "config.json" if alone else root / "unet" / "config.json"
     try:
-        if index.is_file():
-            return Denoiser(UNet2DModel.from_pretrained(folder, subfolder="unet", use_safetensors=True))
-        config = Path(folder) / "config.json"
-        if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("_class_name") == "MLPDenoiser":
-            return Denoiser(MLPDenoiser.from_pretrained(folder, use_safetensors=True))
-        if config.is_file():
-            return Denoiser(UNet2DModel.from_pretrained(folder, use_safetensors=True))
-        return Denoiser(UNet2DModel.from_pretrained(folder, subfolder="unet", use_safetensors=True))
-    except (OSError, ValueError, KeyError) as error:
+        stored = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}  # {}: a hub name
+        known = {one.__name__: one for one in (MLPDenoiser, UNet2DConditionModel)}
+        kind = known.get(stored.get("_class_name"), UNet2DModel)
+        network = kind.from_pretrained(folder, subfolder=None if alone else "unet", use_safetensors=True)
+        if prompts is None and (root / PROMPTS_FILE).is_file():
+            prompts = load_file(root / PROMPTS_FILE)["embeddings"]
+        return Denoiser(network, prompts)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"model {folder!r} cannot be loaded as a diffusers UNet2DModel: {error}") from error
 
 

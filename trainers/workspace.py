@@ -21,6 +21,7 @@ from dualsweep.trainers.labellers import Labeller, evaluation_labeller, training
 from dualsweep.trainers.methods import METHODS, Method, Setting
 from dualsweep.trainers.models import Denoiser, build_denoiser, load_model
 from dualsweep.trainers.noise_schedule import NoiseSchedule
+from dualsweep.trainers.prompts import open_prompts
 from dualsweep.trainers.store import Store, in_place_of
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -42,12 +43,16 @@ class Workspace:
         self.schedule = schedule_of(config)
         self.codec = open_codec(config["model"], self.device)
         self.images: ConstrainedData = build(data_spec)
-        self.data = self.codec.encoded(self.images, store or Store(Path(config["storage"])))  # as the network sees them
+        kept = store or Store(Path(config["storage"]))
+        self.data = self.codec.encoded(self.images, kept)  # as the network sees them
         self.fingerprint = self.codec.fingerprint(self.images)
         self.formulation: type[Method] = METHODS[config["method"]]
         self.options = self.formulation.options(config["formulation"])
         self.set_names: tuple[str, ...] = tuple(self.data.constraints)
         self.constraint_names = self.formulation.constraint_names(self.set_names, self.options)
+        prompts = open_prompts(config["model"], self.pretraining_sets)
+        self.prompts = prompts and prompts.embeddings(kept, self.device)
+        self.fingerprint = prompts.fingerprint(self.fingerprint) if prompts else self.fingerprint
         self.tensors = {"main": torch.from_numpy(self.data.main.samples).to(self.device)}
         self.tensors |= {name: torch.from_numpy(x).to(self.device) for name, x in self.data.constraints.items()}
         self._modules: tuple[nn.Module, Denoiser] | None = None
@@ -104,7 +109,7 @@ class Workspace:
     def _fresh(self) -> Denoiser:
         pretrained = self.config["model"]["pretrained"]
         if pretrained:
-            return load_model(pretrained)
+            return load_model(pretrained, self.prompts)
         torch.manual_seed(self.config["seed"])
         streams = self.pretraining_sets
         conditions = len(streams) if len(streams) > 1 else 0
