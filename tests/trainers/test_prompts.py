@@ -4,9 +4,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -272,3 +273,23 @@ def test_a_method_of_one_law_takes_mains_prompt_alone(tiny_config, pipeline):
     assert preflight(tiny_config(model=given)).constraint_names == ("digit_4", "digit_7")
     with pytest.raises(ConfigError, match=r"model\.prompts\.digit_4: method fairness asks the network for main alone"):
         preflight(tiny_config(model=given | {"prompts": {"main": "a digit", "digit_4": "a four"}}))
+
+
+def test_latents_and_prompts_go_together_in_the_layout_of_stable_diffusion(tiny_config, pipeline, tmp_path):
+    folder = shutil.copytree(pipeline, tmp_path / "sd")
+    with_network(folder, network_of(sample_size=4, in_channels=2, out_channels=2))
+    AutoencoderKL(
+        in_channels=1, out_channels=1, block_out_channels=(4, 4), latent_channels=2, norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    given = {"pretrained": str(folder), "autoencoder": str(folder), "prompts": {"main": "a digit"}}
+    plan = preflight(tiny_config(model=given, primal={"steps": 4}, evaluation={"num_samples": 16}))
+    adopt_pretrained(plan)
+    point = next(point for point in plan.points if point["kind"] == "constrained")
+    folders = {"trial_dir": str(plan.folder / "trials" / "one"), "base_dir": str(plan.base_dir)}
+    result = run_trial(workspace_of(plan), Assignment(**point | folders, attempt=1), LocalDual())
+    assert result["status"] == "completed" and result["histogram"]["total"] == 16
+    assert np.load(plan.folder / "trials" / "one" / "samples.npy").shape == (16, 1, 8, 8)
+    left = sorted(path.name for path in (plan.folder / "trials" / "one" / "model").iterdir())
+    assert left == ["autoencoder.json", "prompts.safetensors", "scheduler", "unet"]
+    draw_samples(plan.folder / "trials" / "one" / "model", tmp_path / "four.png", count=4, steps=3, seed=0)
