@@ -50,6 +50,7 @@ from dualsweep.trainers.workspace import write_json
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits_fairness.yaml"
 NAMES = ("digit_4", "digit_5", "digit_7")
 SLOTS = 4
+SLOTS_UP_S = 60.0
 SAMPLES = np.random.default_rng(0).uniform(-1, 1, size=(40, 1, 8, 8)).astype(np.float32)
 
 
@@ -70,6 +71,7 @@ class StandInGroup:
 
     def _serve(self, slot: str, config: SweepConfig, folder: Path) -> None:
         server, finished = find_dual_server(folder), None
+        _wait_for_all(folder / "slots", slot)
         while (given := server.lease(slot, finished)) is not None:
             constraints = tuple(Constraint(name=n, unit="share", threshold=given["thresholds"][n]) for n in NAMES)
             problem = Problem(method="fairness", objective="loss", constraints=constraints)
@@ -87,6 +89,19 @@ class StandInGroup:
             np.save(Path(given["trial_dir"]) / "samples.npy", SAMPLES)
             counters = {"primal_steps": 10 * dual_steps, "dual_steps": dual_steps}
             server.end(finished, attempt, "completed", result=result_of(given, problem, reply) | counters)
+
+
+def _wait_for_all(folder: Path, slot: str) -> None:
+    """No trial ends before all slots are up, as where trials take longer than an actor's start.
+
+    Tune gives the actor of a trial that ended to one whose own actor still starts, and kills that: trials of a moment would
+    keep one actor busy, and both cores with starting others in vain.
+    """
+    folder.mkdir(exist_ok=True)
+    (folder / slot).touch()
+    deadline = time.monotonic() + SLOTS_UP_S
+    while len(list(folder.iterdir())) < SLOTS and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def result_of(given: dict[str, Any], problem: Problem, reply: Reply) -> dict[str, Any]:
