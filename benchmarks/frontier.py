@@ -4,7 +4,8 @@ All arms are the same sweep file: the same thresholds, model, optimizer, dual ru
 certificate is tight in training (`stopping`), or after `primal.steps`, its cap. What was reached is judged by fresh draws
 that training never used. Steps are primal steps over all points of the frontier, the cold first point of the path among them.
 
-* warm: `sweep.order: path`; a warm point has a short course of the learning rate (`warm_lr`, `warm_steps`).
+* warm: `sweep.order: path`; a warm point has a short course of the learning rate (`warm_lr`, `warm_steps`). Two chains, as a
+  sweep on two slots has them: they grow from one cold point in the middle, and run one after the other here.
 * cold: `listed`, each point from the pretrained model and the tuned `dual.start`, with the course of `primal` over its cap.
 * cold RATE:STEPS: the same with a short course of its own, so that the ratio holds no gain of the learning rate: RATE of
   `primal.lr`, falling to a tenth over STEPS, held from there to the cap. The cold arm of a data set is the quickest of all.
@@ -36,7 +37,7 @@ from rich.table import Table
 from dualsweep.trainers import loop
 
 QUIET = ("baselines.unconstrained=false", "baselines.fixed_weights=[]", "stopping.certificate=true")
-WARM = "sweep={order: path, chains: 1, warm_lr: 0.5, warm_steps: 80}"
+WARM = "sweep={order: path, chains: 2, warm_lr: 0.5, warm_steps: 80}"
 COLD = "sweep={order: listed}"
 
 
