@@ -211,6 +211,7 @@ def _check_pretrained(config: SweepConfig, sample_shape: tuple[int, ...] | None)
             f"model.pretrained={folder!r}: predicts {said['prediction_type']!r} ({SCHEDULER}); give one that predicts the noise "
             "(epsilon)"
         )
+    _check_schedule(config, said)
     _check_text_network(config, denoiser)
     check_latents(Path(folder), open_codec(config.model.model_dump()))
     channels = getattr(denoiser.network.config, "in_channels", None)
@@ -222,6 +223,22 @@ def _check_pretrained(config: SweepConfig, sample_shape: tuple[int, ...] | None)
             else f"model.pretrained={folder!r}: made for latents of {channels} channels, those of model.autoencoder have "
             f"{sample_shape[0]}; give two that belong together"
         )
+
+
+def _check_schedule(config: SweepConfig, said: dict[str, Any]) -> None:
+    """Refuse a noising process that is not the one which the pretrained model learned to undo: nothing else would tell."""
+    names = {"kind": "beta_schedule", "num_train_timesteps": "num_train_timesteps", "beta_start": "beta_start", "beta_end": "beta_end"}
+    given = config.schedule.model_dump()
+    if said.get("beta_schedule") == given["kind"] == "squaredcos_cap_v2":  # has no ends of its own
+        names = {field: name for field, name in names.items() if not field.startswith("beta")}
+    own = {field: said[name] for field, name in names.items() if said.get(name) is not None}
+    for field, value in own.items():
+        if value != given[field]:
+            told = ", ".join(f"{field}: {value}" for field, value in own.items())
+            raise ConfigError(
+                f"schedule.{field}={given[field]!r}: model.pretrained={config.model.pretrained!r} was trained with {value!r} "
+                f"({SCHEDULER}); set schedule: {{{told}}}"
+            )
 
 
 def _taken(store: Store, name: str) -> bool:

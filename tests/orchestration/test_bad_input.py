@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
-from diffusers import AutoencoderKL, UNet2DModel
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from rich.console import Console
 
@@ -550,6 +550,23 @@ def test_a_pretrained_model_of_other_images_is_refused_and_one_that_fits_is_not(
     assert "model.pretrained=" in said and "channels-3" in said and "3 channels, the data have 1" in said
     with pytest.raises(RayStarted):
         desk.call("sweep", desk.write(changed(desk.config(), {"model.pretrained": "channels-1"})))
+
+
+def test_another_noising_process_than_the_pretrained_models_own_is_refused(desk):
+    network = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=8,
+        block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    own = {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
+    DDPMPipeline(unet=network, scheduler=DDPMScheduler(**own)).save_pretrained(desk.work / "pipeline")
+    said = desk.refused("sweep", desk.write(changed(desk.config(), {"model.pretrained": "pipeline"})))
+    remedy = "schedule: {kind: scaled_linear, num_train_timesteps: 1000, beta_start: 0.00085, beta_end: 0.012}"
+    assert "schedule.kind='linear'" in said and "was trained with 'scaled_linear'" in said and remedy in said, said
+    named = {"schedule": yaml.safe_load(remedy)["schedule"], "model.pretrained": "pipeline"}
+    last = {**named, "schedule": {**named["schedule"], "beta_end": 0.02}}
+    assert "schedule.beta_end=0.02" in desk.refused("sweep", desk.write(changed(desk.config(), last)))
+    with pytest.raises(RayStarted):
+        desk.call("sweep", desk.write(changed(desk.config(), named)))
 
 
 def autoencoder(folder: Path, *, channels: int = 1, levels: int = 2) -> None:
