@@ -11,10 +11,6 @@ from dualsweep.trainers.store import StorageError, Store, in_place_of
 from dualsweep.trainers.workspace import write_atomically, write_json
 
 
-class Data:
-    fingerprint = "abc"
-
-
 def some_model(folder: Path) -> None:
     (folder / "unet").mkdir(parents=True)
     (folder / "unet" / "weights").write_bytes(b"1234")
@@ -24,7 +20,7 @@ WRITERS = {
     "a JSON file": lambda path: write_json(path, {"a": 1}),
     "a folder": lambda path: write_atomically(path, some_model),
     "a trace": lambda path: write_trace([], path, constraints=(), trial_id="a"),
-    "a pretrained model": lambda path: publish_base(path, some_model, Data(), Store(path.parent)),
+    "a pretrained model": lambda path: publish_base(path, some_model, "abc", Store(path.parent)),
 }
 
 
