@@ -227,11 +227,10 @@ def _check_pretrained(config: SweepConfig, sample_shape: tuple[int, ...] | None)
 
 def _check_schedule(config: SweepConfig, said: dict[str, Any]) -> None:
     """Refuse a noising process that is not the one which the pretrained model learned to undo: nothing else would tell."""
-    names = {"kind": "beta_schedule", "num_train_timesteps": "num_train_timesteps", "beta_start": "beta_start", "beta_end": "beta_end"}
     given = config.schedule.model_dump()
-    if said.get("beta_schedule") == given["kind"] == "squaredcos_cap_v2":  # has no ends of its own
-        names = {field: name for field, name in names.items() if not field.startswith("beta")}
-    own = {field: said[name] for field, name in names.items() if said.get(name) is not None}
+    ends = () if said.get("beta_schedule") == "squaredcos_cap_v2" else ("beta_start", "beta_end")  # the cosine has none of its own
+    own = {"kind": said.get("beta_schedule"), **{field: said.get(field) for field in ("num_train_timesteps", *ends)}}
+    own = {field: value for field, value in own.items() if value is not None}
     for field, value in own.items():
         if value != given[field]:
             told = ", ".join(f"{field}: {value}" for field, value in own.items())

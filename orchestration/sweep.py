@@ -42,7 +42,7 @@ from dualsweep.orchestration.tracking import Tracker, Undelivered, check_trackin
 from dualsweep.orchestration.watch import Watcher, sweep_metrics, trial_folder
 from dualsweep.trainers.results import publish_base
 from dualsweep.trainers.store import StorageError, disk_trouble, in_place_of, local_trouble, writing_to
-from dualsweep.trainers.workspace import schedule_of, write_json
+from dualsweep.trainers.workspace import fingerprint_of, schedule_of, write_json
 
 KEPT = ("completed", "stopped", "diverged")  # a resume runs the others (failed, interrupted, waiting) again
 MILESTONES = 20  # results a trial gives to Tune's scheduler
@@ -355,13 +355,11 @@ def adopt_pretrained(plan: Plan) -> None:
 
     config = plan.config.to_dict()
     codec, data = open_codec(config["model"]), build(plan.config.data)
-    fingerprint = codec.fingerprint(data)
     sets = METHODS[plan.config.method].pretraining_sets(data.constraint_names, plan.config.thresholds.unit)
     prompts = open_prompts(config["model"], sets)
-    fingerprint = prompts.fingerprint(fingerprint) if prompts else fingerprint
     denoiser = load_model(plan.config.model.pretrained, prompts and prompts.embeddings(plan.store))
     save = partial(save_model, denoiser, schedule_of(config), codec=codec)
-    publish_base(plan.base_dir, save, fingerprint, plan.store)
+    publish_base(plan.base_dir, save, fingerprint_of(data, codec, prompts), plan.store)
 
 
 def stored_config(name: str, storage: Path) -> SweepConfig:

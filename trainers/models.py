@@ -102,10 +102,10 @@ def build_denoiser(
         )
         network.alpha_bar.copy_(torch.from_numpy(schedule.alpha_bar))
         return Denoiser(network)
-    check_image_size(model, sample_shape)
-    channels, height, width = sample_shape
     from diffusers import UNet2DModel
 
+    check_image_size(model, sample_shape)
+    channels, height, width = sample_shape
     levels = len(model["channels"])
     attention = model["attention"] or [False] * levels
     network = UNet2DModel(
@@ -163,8 +163,8 @@ def load_model(folder: str | Path, prompts: torch.Tensor | None = None) -> Denoi
     """Read what `save_model` wrote, or any diffusers folder that holds a UNet2DModel or a UNet2DConditionModel, or hub name
     of the former.
 
-    Args: prompts: embeddings of a text-to-image network's prompts; None: those in the folder, if there are any.
     Its dropout is switched off: it draws from a generator that is in no checkpoint, so a resumed run would be another one.
+    Args: prompts: embeddings of a text-to-image network's prompts; None: those in the folder, if there are any.
     Raises: ValueError naming the folder when it is not such a model.
     """
     denoiser = _read_model(str(folder), prompts)

@@ -15,13 +15,13 @@ from torch import nn
 
 from dualsweep.constraints import NonFiniteError
 from dualsweep.datasets import ConstrainedData, DatasetSpec, Streams, build
-from dualsweep.trainers.codec import open_codec
+from dualsweep.trainers.codec import Codec, open_codec
 from dualsweep.trainers.evaluate import weighted_errors
 from dualsweep.trainers.labellers import Labeller, evaluation_labeller, training_labeller
 from dualsweep.trainers.methods import METHODS, Method, Setting
 from dualsweep.trainers.models import Denoiser, build_denoiser, load_model
 from dualsweep.trainers.noise_schedule import NoiseSchedule
-from dualsweep.trainers.prompts import open_prompts
+from dualsweep.trainers.prompts import Prompts, open_prompts
 from dualsweep.trainers.store import Store, in_place_of
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -45,14 +45,13 @@ class Workspace:
         self.images: ConstrainedData = build(data_spec)
         kept = store or Store(Path(config["storage"]))
         self.data = self.codec.encoded(self.images, kept)  # as the network sees them
-        self.fingerprint = self.codec.fingerprint(self.images)
         self.formulation: type[Method] = METHODS[config["method"]]
         self.options = self.formulation.options(config["formulation"])
         self.set_names: tuple[str, ...] = tuple(self.data.constraints)
         self.constraint_names = self.formulation.constraint_names(self.set_names, self.options)
         prompts = open_prompts(config["model"], self.pretraining_sets)
         self.prompts = prompts and prompts.embeddings(kept, self.device)
-        self.fingerprint = prompts.fingerprint(self.fingerprint) if prompts else self.fingerprint
+        self.fingerprint = fingerprint_of(self.images, self.codec, prompts)
         self.tensors = {"main": torch.from_numpy(self.data.main.samples).to(self.device)}
         self.tensors |= {name: torch.from_numpy(x).to(self.device) for name, x in self.data.constraints.items()}
         self._modules: tuple[nn.Module, Denoiser] | None = None
@@ -232,6 +231,12 @@ class Workspace:
             num_train_timesteps=self.schedule.num_train_timesteps,
             sample_shape=method.noise_shape,
         )
+
+
+def fingerprint_of(images: ConstrainedData, codec: Codec, prompts: Prompts | None) -> str:
+    """Of all that a network learns from: a pretrained model is shared by the sweeps for which it is the same."""
+    learned = codec.fingerprint(images)
+    return prompts.fingerprint(learned) if prompts else learned
 
 
 def schedule_of(config: dict[str, Any]) -> NoiseSchedule:
