@@ -45,7 +45,7 @@ from dualsweep.trainers.store import StorageError, disk_trouble, in_place_of, lo
 from dualsweep.trainers.workspace import fingerprint_of, schedule_of, write_json
 
 KEPT = ("completed", "stopped", "diverged")  # a resume runs the others (failed, interrupted, waiting) again
-MILESTONES = 20  # results a trial gives to Tune's scheduler
+MILESTONES = 20  # results a trial gives to Tune's scheduler, where that compares any
 TRACKING_FLUSH_S = 60.0
 FREE_S = 20.0  # how long Ray may take to free what the sweep held
 PREDECESSOR_S = 60.0  # how long a resume waits for the actors of a driver that died to go
@@ -122,7 +122,7 @@ def _run(plan: Plan, slots: int, console: Console) -> Outcome:
     tracker = Tracker(plan.tracking_uri, config.experiment, config.name, sweep_id=sweep_id(config.storage, plan.folder))
     tracker.start_sweep(config.to_dict(), {"dualsweep.method": config.method}, files=[plan.folder / "sweep.yaml"])
     server = _start_dual_server(plan)
-    finished = {trial_id: seen for trial_id, seen in server.call("snapshot", {}, []).items() if seen["status"] in KEPT}
+    finished = {trial_id: seen for trial_id, seen in server.call("snapshot", {}, []).items() if kept(config, seen)}
     todo = [point for point in plan.points if point["trial_id"] not in finished]
     base = _base_point(plan)
     shown = plan if base is None else replace(plan, points=[base, *plan.points])
@@ -188,7 +188,7 @@ def _fit(
         "folder": str(plan.folder),
         "base_dir": str(plan.base_dir),
         "constraint_names": list(plan.constraint_names),
-        "report_every": max(1, dual_steps // MILESTONES),
+        "report_every": max(1, dual_steps // MILESTONES) if compared(config) else None,
     }
     search: Searcher
     if config.sweep.order == "listed":
@@ -222,6 +222,22 @@ def _fit(
         fitted = tuner.fit()
     errors = [str(error) for error in fitted.errors]
     return errors[-1] if errors else None
+
+
+def kept(config: SweepConfig, seen: Mapping[str, Any]) -> bool:
+    """Whether a resume takes a trial as it is.
+
+    An error inside Tune closes the slots, and what they train is told to stop as if a scheduler wanted the room. Where no
+    scheduler stops anybody, such a trial is trained on: only its own stopping rule can have ended it for good.
+    """
+    if seen["status"] == "stopped" and config.scheduler.kind == "fifo":
+        return (seen["result"] or {}).get("stopped_by") not in (None, "scheduler")
+    return seen["status"] in KEPT
+
+
+def compared(config: SweepConfig) -> bool:
+    """Whether Tune looks at trials before their end: a scheduler or a search algorithm that compares them."""
+    return config.scheduler.kind != "fifo" or config.thresholds.search is not None
 
 
 def placed_again(

@@ -13,11 +13,13 @@ from dualsweep.orchestration.frontier import outcome_of
 from dualsweep.orchestration.worker_group import WorkerGroup
 from dualsweep.trainers.assignment import Assignment
 
+AT_THE_END = 2**53  # more dual steps than a trial has: one result, its last
 POLL_S = 5.0  # how long one wait inside the DualServer lasts before Tune's actor looks at its worker group
 
 
 class SweepTrial(tune.Trainable):
-    """See the module. `config`: sweep (the resolved config), folder, report_every, base_dir, constraint_names, and the point or searched thresholds."""
+    """See the module. `config`: sweep (the resolved config), folder, report_every (dual steps from one result to the next,
+    None: only the last), base_dir, constraint_names, and the point or searched thresholds."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.slot = uuid.uuid4().hex[:8]
@@ -36,7 +38,8 @@ class SweepTrial(tune.Trainable):
             self.sweep, tuple(config["constraint_names"]), config["thresholds"]
         )
         self.trial = point["trial_id"]
-        self.report_every = config["report_every"] if point["kind"] != "base" else 1_000_000
+        every = config["report_every"] if point["kind"] != "base" else None
+        self.report_every = every or AT_THE_END
         self.reached = 0
         assignment = Assignment(
             trial_id=point["trial_id"],
@@ -53,7 +56,7 @@ class SweepTrial(tune.Trainable):
         self.server.call("assign", self.slot, assignment.to_dict(), self.sweep.compute.max_failures)
 
     def step(self) -> dict[str, Any]:
-        """The next milestone of the trial: at most `report_every` dual steps on, or its end."""
+        """The next milestone of the trial, `report_every` dual steps on, or its end."""
         while True:
             milestone, last = self.reached + self.report_every, self.sweep.dual_steps
             progress = self.server.call("progress", self.trial, self.reached, self.report_every, POLL_S, last)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from dualsweep.orchestration.config import SweepConfig
 from dualsweep.orchestration.dual_server import find_dual_server
@@ -77,7 +77,7 @@ def _ray_train(job: dict[str, Any], config: SweepConfig, folder: Path) -> None:
     if compute.elastic:
         # How long room that is no longer there is waited for. Train hands this variable on to its controller.
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(compute.restart_timeout_s)
-    trainer = TorchTrainer(
+    trainer = _trainer_class(grouped=compute.most_workers > 1)(
         train_loop,
         train_loop_config=job,
         scaling_config=ScalingConfig(
@@ -96,3 +96,22 @@ def _ray_train(job: dict[str, Any], config: SweepConfig, folder: Path) -> None:
         ),
     )
     trainer.fit()
+
+
+def _trainer_class(*, grouped: bool) -> type[DataParallelTrainer]:
+    """Ray Train's trainer, without the processes and imports that the group has no use for.
+
+    A worker alone needs no process group, and TorchTrainer would bring torch into Tune's actor and the controller for it.
+    Ray Data is not used, so that its manager, a process for each group, is left out; where Ray makes its callbacks elsewhere,
+    it comes along, which costs two seconds of a processor and nothing else.
+    """
+    parent = DataParallelTrainer
+    if grouped:
+        from ray.train.torch import TorchTrainer as parent
+
+    class Trainer(parent):
+        def _create_default_callbacks(self) -> list[Any]:
+            made = super()._create_default_callbacks()
+            return [callback for callback in made if type(callback).__name__ != "DatasetsCallback"]
+
+    return Trainer

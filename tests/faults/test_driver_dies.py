@@ -14,8 +14,10 @@ import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
+from rich.console import Console
 
-from dualsweep.orchestration.config import ConfigError
+from dualsweep.orchestration import sweep
+from dualsweep.orchestration.config import ConfigError, load_config
 from dualsweep.orchestration.delivery import deliver_again, read_ledger
 from dualsweep.orchestration.dual_ledger import FINAL
 from dualsweep.orchestration.journal import read_journal
@@ -162,3 +164,36 @@ def read_all(terminal) -> bytes:
             found += os.read(terminal, 65536)
         except BlockingIOError:
             return found
+
+
+@pytest.mark.heavy
+def test_what_was_training_when_tune_failed_is_trained_on_by_a_resume(write_small, tmp_path, monkeypatch):
+    """Tune then closes every slot, and what they train is told to stop, as if a scheduler had wanted the room for others."""
+    from ray.tune.schedulers import FIFOScheduler
+
+    class Failing(FIFOScheduler):
+        completed = 0
+
+        def on_trial_complete(self, tune_controller, trial, result):
+            self.completed += trial.config["point"]["kind"] == "constrained"
+
+        def choose_trial_to_run(self, tune_controller, *args):
+            if self.completed == 2:  # the first one's slot trains the third point by now
+                raise RuntimeError("the disk of its books is gone")
+            return super().choose_trial_to_run(tune_controller, *args)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    grid = {"grid": {"minority": [0.25, 0.3, 0.35]}}
+    config = load_config(write_small(thresholds=grid, compute={"concurrent_trials": 2}), environment=False)
+    with monkeypatch.context() as patch, pytest.raises(Exception, match="the disk of its books"):
+        patch.setattr(sweep, "trial_scheduler", lambda *_: Failing())
+        sweep.run_sweep(config, console=Console(quiet=True))
+    folder = tmp_path / "runs" / "small"
+    unfinished = [status for status in statuses(folder).values() if status != "completed"]
+    assert unfinished in (["running"], ["stopped"])  # told to stop, and heard it or not before its worker went
+
+    outcome = sweep.run_sweep(sweep.stored_config("small", tmp_path / "runs"), resume=True, console=Console(quiet=True))
+    assert (outcome.status, outcome.failed) == ("completed", {})
+    assert set(statuses(folder).values()) == {"completed"}
+    assert sorted(attempts(folder).values()) == [1, 1, 2]

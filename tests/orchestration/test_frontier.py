@@ -28,7 +28,7 @@ from dualsweep.orchestration.frontier import (
 )
 from dualsweep.orchestration.points import Halt, build_frontier
 from dualsweep.orchestration.schedulers import trial_scheduler
-from dualsweep.orchestration.sweep import placed_again, with_chains
+from dualsweep.orchestration.sweep import kept, placed_again, with_chains
 
 NAMES = ("digit_4", "digit_5")
 SHARED = {"folder": "somewhere"}
@@ -375,6 +375,16 @@ def test_a_resume_opens_adaptive_points_again_that_did_not_finish():
     assignments = {trial_id: {"kind": kind} for trial_id, kind in kinds.items()}
     assert placed_again(adaptive(), assignments, {"done": {}}) == ["failed"]
     assert placed_again(config(), assignments, {"done": {}}) == []  # listed: they are among the points to do
+
+
+def test_a_resume_takes_a_stopped_trial_for_ended_only_where_something_could_have_ended_it():
+    told, by_rule = {"status": "stopped", "result": {"stopped_by": "scheduler"}}, {"stopped_by": "infeasible"}
+    unheard, found = {"status": "stopped", "result": None}, {"status": "stopped", "result": by_rule}
+    asha = {"scheduler": {"kind": "asha"}}
+    assert [kept(config(), seen) for seen in (told, unheard, found)] == [False, False, True]
+    assert [kept(config(**asha), seen) for seen in (told, unheard, found)] == [True, True, True]
+    ends = {"completed": True, "diverged": True, "failed": False, "interrupted": False, "running": False}
+    assert {status: kept(config(), {"status": status, "result": None}) for status in ends} == ends
 
 
 # -- adaptive ------------------------------------------------------------------------------------------------------
