@@ -140,9 +140,19 @@ def test_an_allowed_import_is_left_alone(tmp_path, path, source):
     assert complaints(tmp_path) == []
 
 
+def imported_with(module: str) -> set[str]:
+    source = f"import sys, {module}; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout.split())
+
+
 def test_a_driver_starts_without_what_only_workers_need():
     """Each takes seconds to import, before a bad field is named or Ray is started."""
-    source = "import sys, dualsweep.orchestration.sweep; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout.split()
+    loaded = imported_with("dualsweep.orchestration.sweep")
     assert "torch" in loaded
-    assert not {"diffusers", "accelerate", "sklearn", "mlflow", "matplotlib", "plotly"} & set(loaded)
+    assert not {"diffusers", "accelerate", "sklearn", "mlflow", "matplotlib", "plotly"} & loaded
+
+
+def test_tunes_actors_and_trains_controllers_start_without_torch():
+    """There are two of them a slot, which start before the slot's worker does, on the same processors."""
+    loaded = imported_with("dualsweep.orchestration.trial")
+    assert "ray.train" in loaded and "torch" not in loaded
