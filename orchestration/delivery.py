@@ -14,14 +14,14 @@ import yaml
 
 from dualsweep.orchestration.config import ConfigError
 from dualsweep.orchestration.dual_ledger import FINAL, DualLedger
-from dualsweep.orchestration.dual_server import BASE_TRIAL, watched
+from dualsweep.orchestration.dual_server import watched
 from dualsweep.orchestration.journal import read_journal
 from dualsweep.orchestration.outbox import Undelivered
 from dualsweep.orchestration.storage import sweep_id
 from dualsweep.orchestration.sweep import driver_lock, stored_config
 from dualsweep.orchestration.trace import read_trace, read_trace_names
 from dualsweep.orchestration.tracking import Tracker, resolve_tracking_uri
-from dualsweep.orchestration.watch import keep_outcome, show_trial, sweep_metrics, trial_folder
+from dualsweep.orchestration.watch import keep_outcome, show_trial, sweep_metrics, trial_folder, unlisted_point
 
 DELIVERY_S = 600.0  # while something arrives; without that a flush ends soon
 
@@ -107,15 +107,7 @@ def read_ledger(sweep_dir: Path) -> DualLedger:
 
 def point_of(trial_id: str, points: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """A trial's point; the pretrained model and searched trials are not in points.json."""
-    base = trial_id == BASE_TRIAL
-    unlisted = {
-        "trial_id": trial_id,
-        "label": "pretrained model" if base else trial_id,
-        "kind": "base" if base else "constrained",
-        "thresholds": {},
-        "fixed_weight": None,
-    }
-    return {**unlisted, **points.get(trial_id, {})}
+    return {**unlisted_point(trial_id), **points.get(trial_id, {})}
 
 
 def _from_folders(sweep_dir: Path, points: dict[str, dict[str, Any]]) -> dict[str, Kept]:

@@ -103,8 +103,11 @@ def list_sweeps(root: Path) -> Table:
 
 
 def sweep_state(views: list[TrialView]) -> str:
-    """completed, failed (some trial failed) or interrupted (some trial has no end)."""
-    if any(view.status not in FINAL for view in views):
+    """completed, failed (some trial failed) or interrupted (some trial has no end).
+
+    The pretraining may have none: another sweep can have finished the base in the meantime.
+    """
+    if any(view.status not in FINAL for view in views if view.point["kind"] != "base"):
         return "interrupted"
     return "failed" if any(view.status in ("failed", "diverged") for view in views) else "completed"
 

@@ -39,7 +39,7 @@ from dualsweep.orchestration.report import frontier_table, write_report
 from dualsweep.orchestration.schedulers import trial_scheduler
 from dualsweep.orchestration.storage import forget, push_outcome, sign_of_life, sweep_id
 from dualsweep.orchestration.tracking import Tracker, Undelivered, check_tracking
-from dualsweep.orchestration.watch import Watcher, sweep_metrics, trial_folder
+from dualsweep.orchestration.watch import Watcher, sweep_metrics, trial_folder, unlisted_point
 from dualsweep.trainers.results import publish_base
 from dualsweep.trainers.store import StorageError, disk_trouble, in_place_of, local_trouble, writing_to
 from dualsweep.trainers.workspace import fingerprint_of, schedule_of, write_json
@@ -264,7 +264,7 @@ def _base_point(plan: Plan) -> dict[str, Any] | None:
     """The pretraining, unless its result is there: trained by an earlier sweep, or given by the user."""
     if plan.store.exists(plan.base_dir / "base.json"):
         return None
-    return {"trial_id": BASE_TRIAL, "label": "pretrained model", "kind": "base", "thresholds": {}, "fixed_weight": None}
+    return unlisted_point(BASE_TRIAL)
 
 
 def _conclude(

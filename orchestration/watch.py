@@ -69,6 +69,7 @@ class Watcher:
         self.unit = unit_of_config(plan.config.to_dict())
         self.calibration: dict[str, Any] | None = None  # what the pretrained model measures, from the first result
         self.views: dict[str, TrialView] = {point["trial_id"]: self._view(point) for point in plan.points}
+        self._pretraining = self._view(unlisted_point(BASE_TRIAL))  # of an earlier run: tracked, and not shown again
         self.error: BaseException | None = None
         self.unkept: dict[str, str] = {}  # label -> why a trial that is over has no result in its folder yet
         self.after_look: Callable[[], None] = lambda: None
@@ -117,7 +118,7 @@ class Watcher:
         """One poll."""
         cursors = {trial_id: len(rows) for trial_id, rows in self._rows.items()}
         for trial_id, seen in self.server.call("snapshot", cursors, self._ended).items():
-            view = self.views.get(trial_id) or self._searched(trial_id, seen)
+            view = self.views.get(trial_id) or self._unlisted(trial_id)
             if view is None:
                 continue
             view.status, view.dual_step, view.row, view.error = (
@@ -138,12 +139,13 @@ class Watcher:
                 self.unkept.pop(label, None)
         self.after_look()
 
-    def _searched(self, trial_id: str, seen: dict[str, Any]) -> TrialView | None:
-        """A trial of a search algorithm shows up here first."""
-        if trial_id == BASE_TRIAL or self.plan.config.thresholds.search is None:
+    def _unlisted(self, trial_id: str) -> TrialView | None:
+        """The pretraining of an earlier run, whose driver may have died before MLflow had it, or a searched trial."""
+        if trial_id == BASE_TRIAL:
+            return self._pretraining
+        if self.plan.config.thresholds.search is None:
             return None
-        point = {"trial_id": trial_id, "label": trial_id, "kind": "constrained", "thresholds": {}, "fixed_weight": None}
-        self.views[trial_id] = self._view(point)
+        self.views[trial_id] = self._view(unlisted_point(trial_id))
         return self.views[trial_id]
 
     def _track(self, trial_id: str, view: TrialView, seen: dict[str, Any]) -> None:
@@ -179,6 +181,18 @@ class Watcher:
             store.push(folder / "trace.parquet")
             store.push(folder / "result.json")
         return result
+
+
+def unlisted_point(trial_id: str) -> dict[str, Any]:
+    """The point of a trial that is not in points.json: the pretrained model, or a searched trial, until it is known better."""
+    base = trial_id == BASE_TRIAL
+    return {
+        "trial_id": trial_id,
+        "label": "pretrained model" if base else trial_id,
+        "kind": "base" if base else "constrained",
+        "thresholds": {},
+        "fixed_weight": None,
+    }
 
 
 def sweep_metrics(points: Sequence[dict[str, Any]], failed: int) -> dict[str, float]:

@@ -275,7 +275,10 @@ def test_a_list_of_a_folder_that_is_not_there_is_empty(tmp_path):
     ],
 )
 def test_a_sweeps_state_follows_from_its_trials(statuses, state):
-    assert sweep_state([TrialView({"trial_id": str(k)}, status=status) for k, status in enumerate(statuses)]) == state
+    views = [TrialView({"trial_id": str(k), "kind": "constrained"}, status=status) for k, status in enumerate(statuses)]
+    assert sweep_state(views) == state
+    base = {"trial_id": "pretrained", "kind": "base"}  # left behind half trained; another sweep has made it since
+    assert sweep_state([TrialView(base, status="running"), *views]) == state
 
 
 def test_the_table_names_every_trial_and_where_it_stands(folder):

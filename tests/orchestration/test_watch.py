@@ -70,8 +70,13 @@ class Server:
 
 
 class Tracker:
+    """Notes what it is told of which trial."""
+
+    def __init__(self) -> None:
+        self.told = []
+
     def __getattr__(self, name):
-        return lambda *args, **kwargs: None
+        return lambda *args, **kwargs: self.told.append((name, args[0] if args else None))
 
 
 @pytest.fixture
@@ -149,3 +154,18 @@ def test_the_trace_holds_the_rows_that_count_after_a_rewind_behind_a_checkpoint(
     watcher.look()
     rows = read_trace(tmp_path / "small" / "trials" / "a" / "trace.parquet")
     assert rows == server.ledger.book("a").rows and [row["attempt"] for row in rows] == [1, 2, 2, 2]
+
+
+def test_what_a_driver_that_died_had_not_told_of_the_pretraining_is_told_by_the_next(make_watcher):
+    """Its model is there, so a resume trains it no more and shows it no more; MLflow may still miss its rows and its end."""
+    server = Server()
+    for name in ("pretrained", "a"):
+        server.begin(name)
+        server.step(name)
+        server.end(name)
+    watcher = make_watcher(server, "a")
+    watcher.look()
+    watcher.look()
+    assert list(watcher.views) == ["a"]
+    told = [name for name, trial_id in watcher.tracker.told if trial_id == "pretrained"]
+    assert told == ["start_trial", "log_rows", "finish_trial"]
