@@ -3,6 +3,7 @@
 All train the same points of the main job (examples/digits_fairness.yaml) from the same pretrained model, on the same cores:
 
 * sweep: `dualsweep` as it is: Ray, warm worker groups, DualServer with its journal, checkpoints, MLflow, report.
+* in_process: the same sweep with `compute.workers=0`: no Ray Train, the loop runs in Tune's own actors.
 * bare: one process a core with its share of the points; primal steps, share measurement and dual rule, nothing else. Its
   time leaves out imports and loading. `bare_evaluated` is the same with the evaluation and saving of every trained model.
 * plain: Ray's documented pattern, a Tune function trial that starts a new Train run. Its workers evaluate and save as ours.
@@ -12,7 +13,7 @@ Beside wall time, the processor time of all processes is printed, sampled: on a 
 number, and `processor_*_N` are the same ratios in it (of the bare loops their imports are left out, of the rest nothing).
 
 `efficiency_N` is bare over sweep for N trials, everything that a sweep does from its first line to its report counted
-against it; `efficiency_evaluated_N` counts the evaluation as work. `speedup_vs_plain_N` and `speedup_vs_shell_N` are wall time
+against it; `efficiency_evaluated_N` counts the evaluation as work, `efficiency_in_process_N` is bare over in_process. `speedup_vs_plain_N` and `speedup_vs_shell_N` are wall time
 over the sweep's. The medians of the ratios are taken, every repeat running all of them in turn, in the opposite order every
 second time; the spread is printed.
 
@@ -278,7 +279,7 @@ def timed(part: str, config_path: Path, trials: int, folder: Path) -> tuple[floa
 
 def wall_seconds(part: str, config_path: Path, trials: int, folder: Path, processor: Processor) -> float:
     began = time.perf_counter()
-    if part in ("sweep", "plain"):
+    if part in ("sweep", "in_process", "plain"):
         said = ended(start(part, config_path, list(range(trials)), folder), folder)
         print(f"  {part}: {said}" if said else "", end="\n" if said else "")
     elif part == "shell":
@@ -310,7 +311,7 @@ def play(part: str, config_path: str, folder: str, *numbers: str) -> None:
     base_dir = Path(config.storage) / "bases" / config.base_key()
     points = points_of(config, base_dir, Path(folder))
     points = [points[int(number)] for number in numbers]
-    if part == "sweep":
+    if part in ("sweep", "in_process"):
         play_sweep(config, points)
     elif part == "plain":
         play_plain(config, points)
@@ -328,7 +329,7 @@ def main() -> None:
         "--samples", type=int, default=3000, help="of each trial's evaluation; the example's own are 3000"
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parts = ["bare", "sweep", "bare_evaluated", "plain", "shell"]
+    parts = ["bare", "sweep", "in_process", "bare_evaluated", "plain", "shell"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     options = parser.parse_args()
     taken: dict[str, list[tuple[float, float]]] = {part: [] for part in options.only}
@@ -339,24 +340,25 @@ def main() -> None:
         for repeat in range(options.repeats):
             for part in options.only[:: -1 if repeat % 2 else 1]:
                 name = f"{part}-{repeat}"
-                config = load_config(
-                    EXAMPLE, main_job(root, name, options.trials, options.steps, options.samples), environment=False
-                )
+                overrides = main_job(root, name, options.trials, options.steps, options.samples)
+                overrides += ["compute.workers=0"] if part == "in_process" else []
+                config = load_config(EXAMPLE, overrides, environment=False)
                 path = root / f"{name}.json"
                 path.write_text(json.dumps(config.to_dict()), encoding="utf-8")
                 taken[part].append(timed(part, path, options.trials, root / f"{name}-run"))
                 said = "{:7.1f} s, processor {:7.1f} s".format(*taken[part][-1])
                 print(f"{part:15} {options.trials} trials of {options.steps} steps: {said}", flush=True)
     figures = {}
-    if "sweep" in taken:
-        for part, name in {
-            "bare": "efficiency", "bare_evaluated": "efficiency_evaluated", "plain": "speedup_vs_plain", "shell": "speedup_vs_shell",
-        }.items():  # fmt: skip
-            for clock, prefix in enumerate(("", "processor_")):
-                ratios = [a[clock] / b[clock] for a, b in zip(taken.get(part, []), taken["sweep"], strict=False)]
-                if ratios:
-                    figures[f"{prefix}{name}_{options.trials}"] = statistics.median(ratios)
-                    print(f"{prefix}{name}_{options.trials}: {spread(ratios, '', 3)}", flush=True)
+    over = {
+        "efficiency": ("bare", "sweep"), "efficiency_evaluated": ("bare_evaluated", "sweep"), "efficiency_in_process": ("bare", "in_process"),
+        "speedup_vs_plain": ("plain", "sweep"), "speedup_vs_shell": ("shell", "sweep"),
+    }  # fmt: skip
+    for name, parts in over.items():
+        for clock, prefix in enumerate(("", "processor_")):
+            ratios = [a[clock] / b[clock] for a, b in zip(*(taken.get(part, []) for part in parts), strict=False)]
+            if ratios:
+                figures[f"{prefix}{name}_{options.trials}"] = statistics.median(ratios)
+                print(f"{prefix}{name}_{options.trials}: {spread(ratios, '', 3)}", flush=True)
     for part, values in taken.items():
         if values:
             figures[f"{part}_s_{options.trials}"] = statistics.median(wall for wall, _ in values)

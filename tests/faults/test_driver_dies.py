@@ -136,6 +136,7 @@ def test_a_terminal_that_closes_is_a_ctrl_c(moment, make_sweep, tmp_path):
     if pid == 0:  # the child: leader of the terminal's session, as a shell that runs exec
         os.chdir(tmp_path)
         os.environ.pop("RAY_ADDRESS", None)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup, and then by a sweep too
         os.execv(sys.executable, [sys.executable, "-m", "dualsweep", "sweep", str(path)])
     os.set_blocking(terminal, False)
     deadline, shown = time.monotonic() + 200, b""
