@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import logsumexp, softmax
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +81,14 @@ class GaussianMixture:
 
     def log_density(self, x: ArrayLike) -> NDArray[np.float64]:
         """Log density in nats of points ``x``, shape (n, dim); returns shape (n,)."""
+        from scipy.special import logsumexp  # here: a quarter of a second to import, and images need none of it
+
         return logsumexp(self._log_joint(x, 1.0), axis=1)
 
     def posterior(self, x: ArrayLike, alpha_bar: ArrayLike = 1.0) -> NDArray[np.float64]:
         """Probability of each component given ``x`` (noised to ``alpha_bar``), shape (n, components), rows sum to 1."""
+        from scipy.special import softmax
+
         return softmax(self._log_joint(x, alpha_bar), axis=1)
 
     def score(self, x: ArrayLike, alpha_bar: ArrayLike = 1.0) -> NDArray[np.float64]:

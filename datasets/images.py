@@ -4,6 +4,7 @@ Here: what all sources share (decoding, shapes, broken images), the bundled digi
 have their own files. A source answers cheap questions (labels, shape) without decoding its images.
 """
 
+import importlib.util
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,7 +150,7 @@ class DigitsSource:
 
     def labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
         """See ImageSource."""
-        return _digits()[1], tuple(f"digit_{digit}" for digit in range(10))
+        return digits()[1], tuple(f"digit_{digit}" for digit in range(10))
 
     def sample_shape(self) -> tuple[int, ...]:
         """See ImageSource."""
@@ -157,17 +158,22 @@ class DigitsSource:
 
     def read(self) -> tuple[LabelledSet, int]:
         """See ImageSource."""
-        levels, labels = _digits()
+        levels, labels = digits()
         samples = (levels / 8 - 1).astype(np.float32)[:, None]  # grey levels 0..16
         return LabelledSet(resized(samples, size=self.size, channels=self.channels), labels), 0
 
 
-def _digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    # Imported here: scikit-learn takes a second to import, and only this source needs it.
-    from sklearn.datasets import load_digits
+def digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Grey levels (1797, 8, 8) from 0 to 16, and labels: scikit-learn's file, without scikit-learn, which takes a second to import."""
+    package = importlib.util.find_spec("sklearn")
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz" if package and package.origin else None
+    if file is None or not file.is_file():  # a scikit-learn that keeps it elsewhere
+        from sklearn.datasets import load_digits
 
-    bundle = load_digits()
-    return bundle.images, bundle.target.astype(np.int64)
+        bundle = load_digits()
+        return bundle.images, bundle.target.astype(np.int64)
+    table = np.loadtxt(file, delimiter=",")
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,19 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TextIO
+
+
+@dataclass
+class Halt:
+    """Set by an interrupt: no trial is handed out after it. Tune pickles and copies searchers; copies share the original."""
+
+    requested: bool = False
+    at_once: bool = False  # asked for a second time: nothing is waited for
+
+    def __deepcopy__(self, memo: dict) -> "Halt":
+        return self
 
 
 class LastingStream:

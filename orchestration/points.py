@@ -1,7 +1,6 @@
 """Hands the sweep's trials to Tune in order, then whatever a search algorithm proposes."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,19 +11,9 @@ from ray.tune.search.optuna import OptunaSearch
 
 from dualsweep.orchestration.config import ConfigError, SweepConfig, point_for_search
 from dualsweep.orchestration.frontier import AdaptivePlan, FrontierPlan, Outcome, PathPlan, outcome_of
+from dualsweep.orchestration.interrupts import Halt
 
 PROPOSALS = 200  # tries to find thresholds that were not handed out before
-
-
-@dataclass
-class Halt:
-    """Set by an interrupt: no trial is handed out after it. Tune pickles and copies searchers; copies share the original."""
-
-    requested: bool = False
-    at_once: bool = False  # asked for a second time: nothing is waited for
-
-    def __deepcopy__(self, memo: dict) -> "Halt":
-        return self
 
 
 class PointSearch(Searcher):

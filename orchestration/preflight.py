@@ -9,7 +9,6 @@ from dualsweep.orchestration.cluster import check_fits_locally
 from dualsweep.orchestration.config import ConfigError, SweepConfig, sweep_points
 from dualsweep.orchestration.frontier import check_adaptive, check_order, check_path
 from dualsweep.orchestration.journal import read_journal
-from dualsweep.orchestration.points import search_settings
 from dualsweep.orchestration.storage import bring, check_storage, impatient, open_store
 from dualsweep.orchestration.tracking import check_tracking, resolve_tracking_uri
 from dualsweep.trainers.codec import Autoencoder, check_latents, open_codec
@@ -54,6 +53,8 @@ def preflight(config: SweepConfig, *, resume: bool = False, on_cluster: bool = F
         names = _check_formulation(config, method, summary)
         _check_accumulation(config, method)
         if config.thresholds.search is not None:
+            from dualsweep.orchestration.points import search_settings  # here: it brings Tune, which takes a second
+
             search_settings(config)
         points = sweep_points(config, names)
         if not resume:  # sweeps begun before these were refused go on

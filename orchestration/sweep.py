@@ -2,9 +2,11 @@
 
 import contextlib
 import fcntl
+import importlib
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -31,14 +33,13 @@ from dualsweep.orchestration.cluster import (
 from dualsweep.orchestration.config import ConfigError, SweepConfig, read_fields
 from dualsweep.orchestration.dual_ledger import FINAL
 from dualsweep.orchestration.dual_server import BASE_TRIAL, NAMESPACE, RayDual, server_name, start_dual_server
-from dualsweep.orchestration.interrupts import as_interrupt, hangup_held_back, interruptible
+from dualsweep.orchestration.interrupts import Halt, as_interrupt, hangup_held_back, interruptible
 from dualsweep.orchestration.live import Progress
-from dualsweep.orchestration.points import Halt, build_frontier, build_search
 from dualsweep.orchestration.preflight import Plan, preflight
 from dualsweep.orchestration.report import frontier_table, write_report
-from dualsweep.orchestration.schedulers import trial_scheduler
 from dualsweep.orchestration.storage import forget, push_outcome, sign_of_life, sweep_id
 from dualsweep.orchestration.tracking import Tracker, Undelivered, check_tracking
+from dualsweep.orchestration.tracking_uri import import_mlflow_ahead
 from dualsweep.orchestration.watch import Watcher, sweep_metrics, trial_folder, unlisted_point
 from dualsweep.trainers.results import publish_base
 from dualsweep.trainers.store import StorageError, disk_trouble, in_place_of, local_trouble, writing_to
@@ -92,6 +93,8 @@ def run_sweep(
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.compute.placement_timeout_s))
         leave_repository_root()
         stack.callback(stop_ray)
+        importlib.import_module("dualsweep.orchestration.trial")  # Tune and Train; later it would compete with what Ray starts
+        import_mlflow_ahead()
         with console.status("starting Ray"), hangup_held_back():
             info = start_ray(address=found or "local")
         stack.enter_context(as_interrupt())  # Ray's own handler of SIGTERM ends with a code that says nothing
@@ -106,7 +109,7 @@ def run_sweep(
             if plan.store.uri is not None:
                 console.print(f"  storage  {plan.store.address(plan.folder)}", highlight=False)
             console.print(f"  folder   {plan.folder}\n  tracking {plan.tracking_uri}", highlight=False)
-            return _run(plan, slots, console)
+            return _run(plan, slots, console, own_ray=info.local)
 
 
 def _say_if_away(tracking_uri: str, console: Console) -> None:
@@ -117,7 +120,7 @@ def _say_if_away(tracking_uri: str, console: Console) -> None:
         console.print(f"going on without MLflow until it is back: {error}", markup=False, highlight=False)
 
 
-def _run(plan: Plan, slots: int, console: Console) -> Outcome:
+def _run(plan: Plan, slots: int, console: Console, *, own_ray: bool) -> Outcome:
     config = plan.config
     tracker = Tracker(plan.tracking_uri, config.experiment, config.name, sweep_id=sweep_id(config.storage, plan.folder))
     tracker.start_sweep(config.to_dict(), {"dualsweep.method": config.method}, files=[plan.folder / "sweep.yaml"])
@@ -141,7 +144,8 @@ def _run(plan: Plan, slots: int, console: Console) -> Outcome:
             try:
                 if todo or config.thresholds.search is not None:
                     try:
-                        failed_fit = _fit(plan, [base, *todo] if base else todo, slots, results, assignments, halt)
+                        points = [base, *todo] if base else todo
+                        failed_fit = _fit(plan, points, slots, results, assignments, halt, own_ray=own_ray)
                         if failed_fit is None and not halt.requested:
                             server.call("settle")
                     except Exception as error:
@@ -158,6 +162,7 @@ def _run(plan: Plan, slots: int, console: Console) -> Outcome:
         raise RuntimeError(
             "the sweep's watcher failed; results are in the journal, `dualsweep resume` goes on"
         ) from watcher.error
+    threading.Thread(target=stop_ray, daemon=True, name="leave-ray").start()  # a second or two of waiting, while the report is written
     return _conclude(plan, watcher, tracker, console, halt.requested, failed_fit, held)
 
 
@@ -168,6 +173,8 @@ def _fit(
     results: dict[str, dict[str, Any]],
     assignments: dict[str, dict[str, Any]],
     halt: Halt,
+    *,
+    own_ray: bool,
 ) -> str | None:
     """Run the points through Tune.
 
@@ -179,6 +186,8 @@ def _fit(
     from ray.tune import TuneConfig, Tuner
     from ray.tune.search import Searcher
 
+    from dualsweep.orchestration.points import build_frontier, build_search
+    from dualsweep.orchestration.schedulers import trial_scheduler
     from dualsweep.orchestration.trial import SweepTrial
 
     config = plan.config
@@ -188,6 +197,7 @@ def _fit(
         "folder": str(plan.folder),
         "base_dir": str(plan.base_dir),
         "constraint_names": list(plan.constraint_names),
+        "own_ray": own_ray,
         "report_every": max(1, dual_steps // MILESTONES) if compared(config) else None,
     }
     search: Searcher

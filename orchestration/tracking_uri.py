@@ -113,6 +113,15 @@ def _probe_database(uri: str) -> Exception | None:
     return None
 
 
+def import_mlflow_ahead() -> None:
+    """Import MLflow, which takes a second, in a thread: for a caller who will wait for other processes meanwhile."""
+
+    def load() -> None:
+        import mlflow  # noqa: F401
+
+    threading.Thread(target=load, daemon=True, name="import-mlflow").start()
+
+
 def mlflow_client(uri: str) -> Any:
     """A client that says nothing on the terminal and returns from a dead server within seconds, not minutes."""
     for name, value in {

@@ -19,7 +19,8 @@ POLL_S = 5.0  # how long one wait inside the DualServer lasts before Tune's acto
 
 class SweepTrial(tune.Trainable):
     """See the module. `config`: sweep (the resolved config), folder, report_every (dual steps from one result to the next,
-    None: only the last), base_dir, constraint_names, and the point or searched thresholds."""
+    None: only the last), base_dir, constraint_names, own_ray (Ray runs for this sweep alone), and the point or searched
+    thresholds."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.slot = uuid.uuid4().hex[:8]
@@ -27,7 +28,7 @@ class SweepTrial(tune.Trainable):
         self.folder = Path(config["folder"])
         self.server = find_dual_server(self.folder)
         self._hand_over(config)
-        self.group = WorkerGroup(self.slot, self.sweep, self.folder)
+        self.group = WorkerGroup(self.slot, self.sweep, self.folder, own_ray=config["own_ray"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._hand_over(new_config)

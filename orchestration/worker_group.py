@@ -1,12 +1,16 @@
 """A slot's Ray Train run: one worker group that outlives the trials it trains."""
 
+import asyncio
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from dualsweep.orchestration.config import SweepConfig
@@ -14,13 +18,17 @@ from dualsweep.orchestration.dual_server import find_dual_server
 from dualsweep.orchestration.storage import store_of
 
 CLOSE_TIMEOUT_S = 60.0
+_UNUSED_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 
 
 def train_loop(loop_config: dict[str, Any]) -> None:
     """Train function of every worker."""
-    from dualsweep.trainers.worker import serve  # here: the trial's driver and Train's controller load this file too
+    from dualsweep.trainers.lean_imports import import_diffusers  # here: Tune's actor loads this file, too
+    from dualsweep.trainers.worker import serve
 
     config = SweepConfig.from_dict(loop_config["config"])
+    if not (config.model.prompts or config.model.autoencoder):
+        import_diffusers()
     serve(
         find_dual_server(Path(loop_config["folder"])),
         loop_config["slot"],
@@ -32,26 +40,24 @@ def train_loop(loop_config: dict[str, Any]) -> None:
 
 
 class WorkerGroup:
-    """Starts the group in a thread; `error` holds what ended it too early."""
+    """Starts the group in a thread; `error` holds what ended it too early.
 
-    def __init__(self, slot: str, config: SweepConfig, folder: Path) -> None:
+    Args: own_ray: whether Ray was started for this sweep alone, so that nobody else asks it for room.
+    """
+
+    def __init__(self, slot: str, config: SweepConfig, folder: Path, *, own_ray: bool) -> None:
         self.error: BaseException | None = None
-        run = _in_process if config.compute.workers == 0 else _ray_train
         job = {"slot": slot, "config": config.to_dict(), "folder": str(folder)}
-        self._thread = threading.Thread(
-            target=self._guard, args=(run, job, config, folder), daemon=True, name=f"worker-group-{slot}"
-        )
+        if config.compute.workers == 0:
+            run = partial(train_loop, job)
+        else:
+            run = partial(_ray_train, job, config, folder, own_ray=own_ray)
+        self._thread = threading.Thread(target=self._guard, args=(run,), daemon=True, name=f"worker-group-{slot}")
         self._thread.start()
 
-    def _guard(
-        self,
-        run: Callable[[dict[str, Any], SweepConfig, Path], None],
-        job: dict[str, Any],
-        config: SweepConfig,
-        folder: Path,
-    ) -> None:
+    def _guard(self, run: Callable[[], None]) -> None:
         try:
-            run(job, config, folder)
+            run()
         except BaseException as error:  # noqa: BLE001  (a thread's exception is lost unless kept; the trial raises it)
             self.error = error
 
@@ -64,11 +70,7 @@ class WorkerGroup:
         self._thread.join(CLOSE_TIMEOUT_S)
 
 
-def _in_process(job: dict[str, Any], config: SweepConfig, folder: Path) -> None:
-    train_loop(job)
-
-
-def _ray_train(job: dict[str, Any], config: SweepConfig, folder: Path) -> None:
+def _ray_train(job: dict[str, Any], config: SweepConfig, folder: Path, *, own_ray: bool) -> None:
     compute = config.compute
     resources = {"CPU": compute.cpus_per_worker}
     if compute.gpus_per_worker:
@@ -77,7 +79,7 @@ def _ray_train(job: dict[str, Any], config: SweepConfig, folder: Path) -> None:
     if compute.elastic:
         # How long room that is no longer there is waited for. Train hands this variable on to its controller.
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(compute.restart_timeout_s)
-    trainer = _trainer_class(grouped=compute.most_workers > 1)(
+    trainer = _trainer_class(grouped=compute.most_workers > 1, uncontended=own_ray and not compute.elastic)(
         train_loop,
         train_loop_config=job,
         scaling_config=ScalingConfig(
@@ -98,12 +100,31 @@ def _ray_train(job: dict[str, Any], config: SweepConfig, folder: Path) -> None:
     trainer.fit()
 
 
-def _trainer_class(*, grouped: bool) -> type[DataParallelTrainer]:
-    """Ray Train's trainer, without the processes and imports that the group has no use for.
+class _UnannouncedSize(FixedScalingPolicy):
+    """A group of fixed size that asks for its room by its placement group alone.
 
-    A worker alone needs no process group, and TorchTrainer would bring torch into Tune's actor and the controller for it.
-    Ray Data is not used, so that its manager, a process for each group, is left out; where Ray makes its callbacks elsewhere,
-    it comes along, which costs two seconds of a processor and nothing else.
+    Train announces it to an actor besides, and waits for that to start, which reckons the room of elastic groups and of Ray Data.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        return None
+
+    def _maybe_send_resource_request(self) -> None:
+        return None
+
+
+def _trainer_class(*, grouped: bool, uncontended: bool) -> type[DataParallelTrainer]:
+    """Ray Train's trainer, without the processes and imports that a slot has no use for.
+
+    Each of them would cost two seconds of a processor to start and 1 % of one for as long as the group lives:
+
+    * the controller of the group runs in the thread that called `fit`, in Tune's actor, which lives as long as it should;
+    * nobody watches over the controller to free its placement group: the sweep's driver does (`free_left_groups`);
+    * Ray Data's manager is left out, since no data comes from there;
+    * where nobody else asks for room (`uncontended`), nobody is told of ours;
+    * a worker alone needs no process group, for which TorchTrainer would bring torch into Tune's actor.
+
+    Where another Ray makes its callbacks or its controller elsewhere, these come along, and nothing else changes.
     """
     parent = DataParallelTrainer
     if grouped:
@@ -112,6 +133,13 @@ def _trainer_class(*, grouped: bool) -> type[DataParallelTrainer]:
     class Trainer(parent):
         def _create_default_callbacks(self) -> list[Any]:
             made = super()._create_default_callbacks()
-            return [callback for callback in made if type(callback).__name__ != "DatasetsCallback"]
+            return [callback for callback in made if type(callback).__name__ not in _UNUSED_CALLBACKS]
+
+        def _initialize_and_run_controller(self, **given: Any) -> Any:
+            if uncontended:
+                given["scaling_policy"] = _UnannouncedSize(self.scaling_config)
+            controller = TrainController(**given)
+            asyncio.run(controller.run())
+            return controller.get_result()
 
     return Trainer

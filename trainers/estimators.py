@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy.optimize import brentq
 from scipy.special import expit, logsumexp
 
 from dualsweep.constraints import NonFiniteError
@@ -370,6 +369,8 @@ def log_normalizer(u_q: ArrayLike, u_p: ArrayLike | None = None) -> tuple[float,
         weights = np.exp(u_q - u_q.max())
         stderr = weights.std(ddof=1) / (weights.mean() * math.sqrt(len(u_q)))
         return float(logsumexp(u_q) - math.log(len(u_q))), float(stderr)
+    from scipy.optimize import brentq  # here: a third of a second to import, at every start of a worker
+
     u_p = _checked_exponents(u_p, "u_p")
     shift = math.log(len(u_p) / len(u_q))
     both = np.concatenate([u_q, u_p])

@@ -25,22 +25,27 @@ def weighted_errors(
     Source: unlearning paper, Lemma 2 (I-MMSE); methods.md 0.3.
     """
     timesteps, weights = schedule.log_snr_grid(levels)
-    device = next(denoiser.parameters()).device
+    device, count, pairs = next(denoiser.parameters()).device, len(samples), len(timesteps) * len(samples)
     x_0 = torch.from_numpy(np.ascontiguousarray(samples))
-    total = np.zeros(len(samples))
+    total = np.zeros(count)
     was_training = denoiser.training
     denoiser.eval()
-    for level, (timestep, weight) in enumerate(zip(timesteps, weights, strict=True)):
-        generator = np.random.Generator(np.random.Philox(key=[seed, 0xE7A1], counter=[0, 0, 0, level]))
-        noise = torch.from_numpy(generator.standard_normal(x_0.shape, dtype=np.float32))
-        for start in range(0, len(x_0), batch_size):
-            part = slice(start, start + batch_size)
-            clean, drawn = x_0[part].to(device), noise[part].to(device)
-            t = torch.full((len(clean),), int(timestep), device=device)
-            error = denoiser(schedule.add_noise(clean, drawn, t), t).float() - drawn
-            total[part] += weight * error.square().flatten(1).sum(1).double().cpu().numpy()
+    drawn: dict[int, torch.Tensor] = {}  # noise of the levels that the batch is about
+    # Levels follow one another without a gap: a set a little larger than a batch would else leave every second one almost empty.
+    for start in range(0, pairs, batch_size):
+        level, row = np.divmod(np.arange(start, min(start + batch_size, pairs)), count)
+        drawn = {one: drawn[one] if one in drawn else _noise_of_level(one, seed, x_0.shape) for one in np.unique(level).tolist()}
+        noise = torch.cat([drawn[one][row[level == one]] for one in drawn]).to(device)
+        t = torch.from_numpy(timesteps[level].astype(np.int64)).to(device)
+        error = denoiser(schedule.add_noise(x_0[row].to(device), noise, t), t).float() - noise
+        np.add.at(total, row, weights[level] * error.square().flatten(1).sum(1).double().cpu().numpy())
     denoiser.train(was_training)
     return total
+
+
+def _noise_of_level(level: int, seed: int, shape: torch.Size) -> torch.Tensor:
+    generator = np.random.Generator(np.random.Philox(key=[seed, 0xE7A1], counter=[0, 0, 0, level]))
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 
 @torch.inference_mode()

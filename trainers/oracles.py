@@ -11,7 +11,6 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize
 
 from dualsweep.constraints import Capped, DualDomain, NonNegative, Simplex, SumBelow
 from dualsweep.datasets.gaussians import GaussianMixture
@@ -161,6 +160,8 @@ def _maximise(
 
     The dual function is concave, so one start is enough; the others are for a line search gone astray.
     """
+    from scipy import optimize  # here: see estimators
+
     sign = formulation.sign
     # Without its upper limits: a multiplier held back by one is no optimum.
     free = domain if isinstance(domain, Simplex) else NonNegative()

@@ -150,24 +150,28 @@ class Workspace:
         if self._calibration is None:
             parts = {k: self.config[k] for k in ("method", "formulation", "measure", "seed")}
             parts["unit"] = self.config["thresholds"]["unit"]
-            digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-            path = self._base_dir / f"calibration-{digest}.json"
-            if _readable(path) is None:
-                method = self.formulation(self.setting(self.constraint_names, self.config["primal"]))
-                found = method.calibrate()
-                values = {
-                    key: dict(zip(self.constraint_names, getattr(found, key), strict=True))
-                    for key in ("metrics", "stderrs", "counts")
-                }
-                if not np.isfinite([*found.metrics, *found.stderrs]).all():  # kept, it would spoil every trial to come
-                    raise NonFiniteError(
-                        f"calibration of the pretrained model is not finite: {values}; look at the data"
-                    )
-                write_json(path, {"unit": parts["unit"], **values})
-                if self.store is not None:
-                    self.store.push(path)
-            self._calibration = read_json(path)
+            self._calibration = self._beside_base("calibration", parts, self._calibrated)
         return self._calibration
+
+    def _calibrated(self) -> dict[str, Any]:
+        found = self.formulation(self.setting(self.constraint_names, self.config["primal"])).calibrate()
+        values = {
+            key: dict(zip(self.constraint_names, getattr(found, key), strict=True))
+            for key in ("metrics", "stderrs", "counts")
+        }
+        if not np.isfinite([*found.metrics, *found.stderrs]).all():  # kept, it would spoil every trial to come
+            raise NonFiniteError(f"calibration of the pretrained model is not finite: {values}; look at the data")
+        return {"unit": self.config["thresholds"]["unit"], **values}
+
+    def _beside_base(self, what: str, parts: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `measure` finds of the pretrained model with the settings `parts`, measured once and kept beside it as JSON."""
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        path = self._base_dir / f"{what}-{digest}.json"
+        if _readable(path) is None:
+            write_json(path, measure())
+            if self.store is not None:
+                self.store.push(path)
+        return read_json(path)
 
     def setting(self, names: tuple[str, ...], optimizer: dict[str, Any], *, pretraining: bool = False) -> Setting:
         """What a formulation with these constraints is built from; `pretraining` narrows the streams to the base model's."""
@@ -193,18 +197,25 @@ class Workspace:
         )
 
     def base_errors(self, seed: int) -> np.ndarray:
-        """Held-out errors of the pretrained model, measured once a process and seed."""
+        """Held-out errors of the pretrained model, measured once a seed and kept beside the model."""
         if seed not in self._base_errors:
             levels = self.config["evaluation"]["noise_levels"]
-            self._base_errors[seed] = weighted_errors(
-                self._base,
-                self.data.held_out_main.samples,
-                self.schedule,
-                levels=levels,
-                seed=seed,
-                batch_size=self.config["evaluation"]["batch_size"],
-            )
+            kept = self._beside_base("errors", {"levels": levels, "seed": seed}, lambda: self._base_errors_of(levels, seed))
+            self._base_errors[seed] = np.array(kept["errors"])
         return self._base_errors[seed]
+
+    def _base_errors_of(self, levels: int, seed: int) -> dict[str, Any]:
+        errors = weighted_errors(
+            self._base,
+            self.data.held_out_main.samples,
+            self.schedule,
+            levels=levels,
+            seed=seed,
+            batch_size=self.config["evaluation"]["batch_size"],
+        )
+        if not np.isfinite(errors).all():
+            raise NonFiniteError("held-out errors of the pretrained model are not finite; look at the data")
+        return {"errors": errors.tolist()}
 
     def fill(self, source: nn.Module | None) -> None:
         """Give both modules the weights of `source`, or fresh ones from the config's seed."""

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dualsweep.datasets import BadImageError, DatasetSpec, MinoritySpec, build, validate_spec
-from dualsweep.datasets.images import decode_image
+from dualsweep.datasets.images import decode_image, digits
 
 
 def picture(value: int, *, size=6, channels=1) -> np.ndarray:
@@ -227,3 +227,14 @@ def test_damaged_data_pages_are_refused_by_file(tmp_path):
     path.write_bytes(bytes(content))
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read as Parquet"):
         build(DatasetSpec(dataset="parquet", path=str(path)))
+
+
+def test_the_bundled_digits_are_those_of_scikit_learn_also_where_its_file_lies_elsewhere(monkeypatch):
+    from sklearn.datasets import load_digits
+
+    bundle = load_digits()
+    for _ in range(2):
+        images, labels = digits()
+        assert np.array_equal(images, bundle.images) and np.array_equal(labels, bundle.target)
+        assert images.dtype == np.float64 and labels.dtype == np.int64
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

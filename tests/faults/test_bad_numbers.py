@@ -442,7 +442,7 @@ def run_group(folder: Path, config: SweepConfig, plan: Plan, *, scaled: bool) ->
     server = start_dual_server(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker_group, "train_loop", spoilt_train_loop(plan, scaled))
-        group = worker_group.WorkerGroup("slot", config, folder)
+        group = worker_group.WorkerGroup("slot", config, folder, own_ray=True)
         hand_out(server, folder, config, list(plan), limit_s=400)
         group.join()
     assert not group.alive and group.error is None

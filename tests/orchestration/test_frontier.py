@@ -26,7 +26,8 @@ from dualsweep.orchestration.frontier import (
     check_path,
     outcome_of,
 )
-from dualsweep.orchestration.points import Halt, build_frontier
+from dualsweep.orchestration.interrupts import Halt
+from dualsweep.orchestration.points import build_frontier
 from dualsweep.orchestration.schedulers import trial_scheduler
 from dualsweep.orchestration.sweep import kept, placed_again, with_chains
 

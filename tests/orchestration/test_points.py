@@ -6,7 +6,8 @@ import pytest
 from ray.tune.search import Searcher
 
 from dualsweep.orchestration.config import ConfigError, SweepConfig, expand_grid, point_for_search, sweep_points
-from dualsweep.orchestration.points import Halt, build_search, search_settings
+from dualsweep.orchestration.interrupts import Halt
+from dualsweep.orchestration.points import build_search, search_settings
 from dualsweep.orchestration.trial import trial_dir
 
 NAMES = ("digit_4", "digit_5")

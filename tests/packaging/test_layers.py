@@ -149,10 +149,33 @@ def test_a_driver_starts_without_what_only_workers_need():
     """Each takes seconds to import, before a bad field is named or Ray is started."""
     loaded = imported_with("dualsweep.orchestration.sweep")
     assert "torch" in loaded
-    assert not {"diffusers", "accelerate", "sklearn", "mlflow", "matplotlib", "plotly"} & loaded
+    later = {"ray.tune", "ray.train", "optuna", "mlflow", "matplotlib"}  # once all is checked
+    assert not {"diffusers", "accelerate", "sklearn", "scipy.optimize", *later} & loaded
 
 
-def test_tunes_actors_and_trains_controllers_start_without_torch():
-    """There are two of them a slot, which start before the slot's worker does, on the same processors."""
+def test_a_worker_starts_without_what_diffusers_takes_along():
+    """The packages stay importable for everybody else, and a model can be built, written and read."""
+    source = """
+import sys, tempfile
+from dualsweep.trainers.lean_imports import import_diffusers
+import_diffusers()
+import dualsweep.trainers.worker
+loaded = set(sys.modules)
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+network = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4, **blocks)
+folder = tempfile.mkdtemp()
+DDPMPipeline(unet=network, scheduler=DDPMScheduler()).save_pretrained(folder)
+DDPMPipeline.from_pretrained(folder)
+import peft, transformers
+print(*loaded)
+"""
+    loaded = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout.split()
+    assert "diffusers.training_utils" in loaded
+    assert not {"peft", "transformers", "sklearn", "scipy.optimize", "scipy.stats"} & set(loaded)
+
+
+def test_tunes_actors_start_without_torch():
+    """There is one a slot, which starts before the slot's worker does, on the same processors."""
     loaded = imported_with("dualsweep.orchestration.trial")
     assert "ray.train" in loaded and "torch" not in loaded

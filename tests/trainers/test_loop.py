@@ -180,7 +180,8 @@ def test_the_base_run_leaves_a_model_and_its_calibration(sweeps, name):
     assert stored["unit"] == CONFIGS[name]["thresholds"]["unit"]
     assert set(stored["metrics"]) == set(sweep.workspace.constraint_names)
     assert all(0 < stored["stderrs"][n] < stored["metrics"][n] for n in stored["metrics"])
-    assert sorted(entry.name for entry in base.iterdir()) == ["base.json", calibration.name, "model"]
+    names = sorted(entry.name for entry in base.iterdir() if not entry.name.startswith("errors-"))  # a trial's evaluation
+    assert names == ["base.json", calibration.name, "model"]
     assert load_model(base / "model")
 
 
@@ -588,6 +589,17 @@ def test_files_that_a_power_cut_emptied_are_named_or_made_again(sweeps, tmp_path
     workspace = make_workspace("mixture")
     workspace.load_base(base)
     assert workspace.calibration == sweep.base_result["calibration"]
+    before = set(base.glob("errors-*.json"))
+    measured = workspace.base_errors(3)
+    (errors,) = set(base.glob("errors-*.json")) - before
+    kept = errors.stat().st_mtime_ns
+    again = make_workspace("mixture")
+    again.load_base(base)
+    assert np.array_equal(again.base_errors(3), measured) and errors.stat().st_mtime_ns == kept
+    errors.write_bytes(b"")
+    again = make_workspace("mixture")
+    again.load_base(base)
+    assert np.array_equal(again.base_errors(3), measured)
     (base / "base.json").write_bytes(b"")
     with pytest.raises(ValueError, match=r"base\.json: damaged .* remove the folder"):
         make_workspace("mixture").load_base(base)
