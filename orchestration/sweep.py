@@ -6,7 +6,6 @@ import importlib
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -162,7 +161,6 @@ def _run(plan: Plan, slots: int, console: Console, *, own_ray: bool) -> Outcome:
         raise RuntimeError(
             "the sweep's watcher failed; results are in the journal, `dualsweep resume` goes on"
         ) from watcher.error
-    threading.Thread(target=stop_ray, daemon=True, name="leave-ray").start()  # a second or two of waiting, while the report is written
     return _conclude(plan, watcher, tracker, console, halt.requested, failed_fit, held)
 
 
