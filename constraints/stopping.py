@@ -6,9 +6,10 @@ stop at the same dual step. What training sees is an estimate: the certificate i
 Tight, for every constraint: the mean violation lies within the tolerance by one standard error, above and, unless the
 multiplier is zero, below (complementary slackness: nothing is paid for room to spare); multiplier and violation have
 stopped moving (the dual step stands still, and the model has followed). On the simplex violations count from the level.
-A rule that looks at every dual step stops where the noise is kind, so a first half of ``window`` dual steps that looks
-tight only proposes the end: the second half, of other draws, has to hold too, and both together have to stand still.
-Else the run goes on.
+A rule that looks at every dual step stops where the noise is kind, so half a ``window`` of dual steps that looks tight only
+proposes the end, and other draws have to confirm it: as many at once, of the model as it is, where the caller can draw them
+(``afresh``), else those of the second half, and then both together have to stand still. Else the run goes on, and the next
+proposal is about later dual steps.
 
 Out of reach, over the last ``patience`` dual steps and for some constraint: its violation stood above the tolerance
 throughout, beyond noise, and fell by surely less than ``HOPE`` of itself; its multiplier lay at the guard of its domain, or
@@ -17,7 +18,7 @@ tolerance even ``HORIZON`` times as large. By duality a multiplier that grows wi
 that no model of the family meets the threshold (the dual function has no maximum); one that is merely slow goes on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ class Finding:
 
     kind: Literal["certificate", "infeasible"]
     evidence: str
-    confirmed: int | None = None  # dual steps, the last ones, that confirmed a certificate
+    confirmed: int | None = None  # dual steps, the last ones, that stand for a certificate
 
 
 class StoppingRule:
@@ -65,7 +66,8 @@ class StoppingRule:
         Args:
             names: the constraints, at least one.
             tolerance: > 0, canonical units.
-            window: >= 8 dual steps over which a certificate must be tight, half of them to confirm the other half.
+            window: >= 8 dual steps over which a certificate must be tight: half of them propose it, and half of them, or as
+                many draws at once, confirm it.
             drift: > 0, change of a multiplier over the window relative to its mean that still counts as standing.
             patience: > window, dual steps without progress after which thresholds count as out of reach.
             pooled: successive rows whose estimates share draws (``measure.window``).
@@ -84,16 +86,24 @@ class StoppingRule:
 
     @property
     def state(self) -> list[dict[str, Any]]:
-        """The last rows, as far back as is looked; ``proposed``: the dual step whose certificate waits to be confirmed."""
+        """The last rows, as far back as is looked. The newest has in ``proposed`` the dual step of a certificate that waits to be
+        confirmed, and in ``refuted`` the last one that was not."""
         return self._rows
 
-    def see(self, row: Mapping[str, Any]) -> Finding | None:
-        """One dual step, as a row of the trace (those of ``KEYS``). Returns: why the trial ends, or None."""
-        proposed = self._rows[-1].get("proposed") if self._rows else None
-        kept = {**{key: row[key] for key in KEYS}, "proposed": proposed}
+    def see(self, row: Mapping[str, Any], afresh: Callable[[], Mapping[str, Any]] | None = None) -> Finding | None:
+        """One dual step.
+
+        Args:
+            row: of the trace (the entries in ``KEYS``).
+            afresh: measures the model of this dual step again, on draws of its own, ``repeats`` times what a row has; gives
+                violations and violation_stderrs.
+        Returns: why the trial ends, or None.
+        """
+        last = self._rows[-1] if self._rows else {}
+        kept = {key: row[key] for key in KEYS} | {key: last.get(key) for key in ("proposed", "refuted")}
         self._rows = [*self._rows, kept][-max(self.patience, self.whole) :]
         if self.certificate:
-            evidence, kept["proposed"] = self._certified(proposed)
+            evidence = self._certified_later(kept) if afresh is None else self._certified_now(kept, afresh)
             if evidence:
                 return Finding("certificate", evidence, self.confirmed)
         if self.infeasible and len(self._rows) >= self.patience:
@@ -116,21 +126,46 @@ class StoppingRule:
         """Dual steps of the half that confirms: the last ones of a run that ended by its certificate."""
         return self.window - self.window // 2
 
-    def _certified(self, proposed: int | None) -> tuple[str | None, int | None]:
-        """The evidence, and the dual step of a proposal that still waits; at most one of the two."""
-        rows, half = self._rows, self.window // 2
-        now = rows[-1]["dual_step"]
+    @property
+    def repeats(self) -> int:
+        """How many rows' draws a confirmation has."""
+        return self.whole - self.window // 2
+
+    def _proposal(self) -> list[dict[str, Any]] | None:
+        """The rows that look tight; None: they do not, or there are not enough since the last proposal was refuted."""
+        rows = self._rows[-(self.window // 2) :]
+        if len(rows) < self.window // 2 or rows[0]["dual_step"] <= (rows[-1]["refuted"] or 0):
+            return None
+        courses = self._courses(rows)
+        return rows if self._worst(courses) is not None and self._still(courses) else None
+
+    def _certified_now(self, kept: dict[str, Any], afresh: Callable[[], Mapping[str, Any]]) -> str | None:
+        """The evidence, from draws that are made for it."""
+        proposal = self._proposal()
+        if proposal is None:
+            return None
+        measured = afresh()
+        fresh = {**kept, "violations": list(measured["violations"]), "violation_stderrs": list(measured["violation_stderrs"])}
+        worst = self._worst(self._courses([fresh]))
+        if worst is None:
+            kept["refuted"] = kept["dual_step"]
+            return None
+        return self._told(worst, f"on draws of their own at dual step {kept['dual_step']}", "", proposal)
+
+    def _certified_later(self, kept: dict[str, Any]) -> str | None:
+        """The evidence, from later rows. A proposal waits in the newest row."""
+        rows, proposed = self._rows, kept["proposed"]
         if proposed is None:
-            courses = self._courses(rows[-half:]) if len(rows) >= half else None
-            found = courses is not None and self._worst(courses) is not None and self._still(courses)
-            return None, now if found else None
-        if now - proposed < self.whole - half:
-            return None, proposed
-        courses = self._courses(rows[-self.confirmed :])
-        worst = self._worst(courses)
+            kept["proposed"] = kept["dual_step"] if self._proposal() is not None else None
+            return None
+        if kept["dual_step"] - proposed < self.repeats:
+            return None
+        kept["proposed"], second = None, rows[-self.confirmed :]
+        worst = self._worst(self._courses(second))
         if worst is None or not self._still(self._courses(rows[-self.whole :])):
-            return None, None
-        return self._told(courses, worst), None
+            return None
+        span = f"over dual steps {second[0]['dual_step']} to {second[-1]['dual_step']}"
+        return self._told(worst, span, " on average", rows[-self.whole :][: self.window // 2])
 
     def _worst(self, courses: list[ConstraintCourse]) -> float | None:
         """The largest mean violation (where the multiplier is active, in size); None: not all are within the tolerance."""
@@ -157,12 +192,11 @@ class StoppingRule:
                 return False
         return True
 
-    def _told(self, courses: list[ConstraintCourse], worst: float) -> str:
-        steps = courses[0].steps
+    def _told(self, worst: float, where: str, how: str, proposal: list[dict[str, Any]]) -> str:
         return (
-            f"over dual steps {steps[0]:.0f} to {steps[-1]:.0f} no active violation was off by more than {worst:.3g} on "
-            f"average (tolerance {self.tolerance:.3g}), as in the {self.window // 2} that proposed this end, and no "
-            f"multiplier moved by more than {self.drift:.3g} of itself"
+            f"{where} no active violation was off by more than {worst:.3g}{how} (tolerance {self.tolerance:.3g}), as over the dual "
+            f"steps {proposal[0]['dual_step']} to {proposal[-1]['dual_step']}, which proposed this end, and no multiplier moved by "
+            f"more than {self.drift:.3g} of itself"
         )
 
     def _out_of_reach(self, course: ConstraintCourse) -> str | None:

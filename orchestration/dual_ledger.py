@@ -55,6 +55,7 @@ class TrialBook:
     notes: list[str] = field(default_factory=list)
     attempt_limit: int = 0
     leases: int = 0  # times it was handed to workers since an attempt began
+    group_size: int | None = None  # workers of the group that it was handed to last
     assignment: dict[str, Any] | None = None  # the last one that handed it to a slot
     _rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
     _packed: bytes | None = field(default=None, repr=False)
@@ -164,9 +165,10 @@ class DualLedger:
         book = self.book(record["trial"])
         if kind == "assign":
             self.slots[record["slot"]], book.attempt_limit = record["assignment"], record["attempt_limit"]
-            book.assignment, book.leases = record["assignment"], 0
+            book.assignment, book.leases, book.group_size = record["assignment"], 0, None
         elif kind == "leased":
             book.leases += 1
+            book.group_size = record.get("workers")  # journals of older versions have none
         elif kind == "resized":
             book.attempt_limit += 1
         elif kind == "begin":

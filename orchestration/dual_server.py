@@ -44,7 +44,6 @@ class DualServer:
             self.ledger.apply(record)
         journal.records = []
         self._bases: set[str] = set()  # pretrained models known to be there
-        self._group_sizes: dict[str, int] = {}  # slot -> workers of the group that asked last
         self._halting = False
         self._commit = GroupCommit(journal)
         self._line = LineServer()
@@ -61,11 +60,11 @@ class DualServer:
         Returns: an assignment with its attempt number raised and the dual steps in the books, or None when the slot is
             closed. A lease that no `begin` follows counts as an attempt: its workers died while they made ready.
         """
-        resized = self._group_sizes.get(slot, workers) != workers
-        self._group_sizes[slot] = workers
         current = self.ledger.slots.get(slot)
-        if resized and finished is None and current is not None:
-            await self._perform([{"kind": "resized", "trial": current["trial_id"]}])
+        if finished is None and current is not None:
+            before = self.ledger.book(current["trial_id"]).group_size
+            if before is not None and before != workers:
+                await self._perform([{"kind": "resized", "trial": current["trial_id"]}])
         while True:
             if slot in self.ledger.slots:
                 assignment = self.ledger.slots[slot]
@@ -78,7 +77,7 @@ class DualServer:
                     )
                 if assignment["trial_id"] != finished and book.status not in FINAL and not self._halting:
                     if assignment["kind"] == "base" or await self._has_base(assignment["base_dir"]):
-                        await self._perform([{"kind": "leased", "trial": book.trial_id}])
+                        await self._perform([{"kind": "leased", "trial": book.trial_id, "workers": workers}])
                         if self.ledger.slots[slot] is not assignment:  # the slot has got another one meanwhile
                             continue
                         return {**assignment, "attempt": book.attempt + 1, "known_steps": len(book.rows)}

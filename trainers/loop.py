@@ -51,6 +51,7 @@ from dualsweep.trainers.state import TrainState
 from dualsweep.trainers.store import DamagedError, Store
 from dualsweep.trainers.workspace import Workspace
 
+CONFIRMATION_COUNTER = 2**41  # keeps the draws that confirm a certificate apart from those of dual steps and evaluations
 WARM_END = 0.1  # of the learning rate that a warm start begins with, once `sweep.warm_steps` are over
 
 
@@ -88,6 +89,7 @@ class _Trial:
         self.reply: Reply  # the newest answer
         self.in_use: tuple[float, ...]  # multipliers of the primal steps: the newest answer's, or the one's before it
         self.ends = ExitStack()  # what must not outlive the trial
+        self.draws = False  # whether the method measures on draws of its own
         self.lost = ""  # why the neighbour's model cannot be started from
         self._under_way: tuple[int, Callable[[], Reply] | None] | None = None  # dual step, and rank 0's wait for it
 
@@ -161,7 +163,8 @@ class _Trial:
                 status, reason = "diverged", f"runs away at dual step {train.dual_step}: {reason}"
                 break
             if stopping is not None:
-                finding = stopping.see(self._seen(train, problem, measurement))
+                afresh = partial(self._afresh, train, problem, multipliers, shards, stopping.repeats) if self.draws else None
+                finding = stopping.see(self._seen(train, problem, measurement), afresh)
                 train.extra["stopping"] = stopping.state
             if finding is not None and directive != "stop":  # a scheduler wants the slot for another point
                 status = "completed" if finding.kind == "certificate" else "stopped"
@@ -453,24 +456,44 @@ class _Trial:
         }
 
     def _drawn(self, train: TrainState, shards: list[int], multipliers: torch.Tensor) -> Measurement | None:
-        """The method's own draws, pooled over workers and over the last dual steps."""
+        """The method's own draws, pooled over the last dual steps."""
+        rows = self._draw(train.dual_step, multipliers, shards)
+        self.draws = rows is not None
+        if rows is None:
+            return None
+        window = [*train.extra.get("window", []), rows.tolist()][-self.workspace.config["measure"]["window"] :]
+        train.extra["window"] = window
+        return self.method.measurement(np.concatenate(window), multipliers.cpu().numpy())
+
+    def _afresh(
+        self, train: TrainState, problem: Problem, multipliers: torch.Tensor, shards: list[int], repeats: int
+    ) -> dict[str, Any]:
+        """The constraints of the model as it is, on draws of their own, so many times those of a dual step."""
+        with self._named_dual_step(train.dual_step, shards):
+            first = CONFIRMATION_COUNTER + train.dual_step * repeats
+            rows = [self._draw(first + number, multipliers, shards) for number in range(repeats)]
+            measured = self.method.measurement(np.concatenate(rows), multipliers.cpu().numpy()).canonical(problem.constraints)
+            if not np.isfinite([*measured.metrics, *measured.stderrs]).all():
+                raise NonFiniteError(f"a certificate's own draws gave {measured.metrics}, which are not all finite")
+        return {
+            "violations": problem.violation(measured.metrics).tolist(),
+            "violation_stderrs": list(measured.stderrs),
+        }
+
+    def _draw(self, counter: int, multipliers: torch.Tensor, shards: list[int]) -> np.ndarray | None:
+        """Rows of the method's own draws, of all workers, at this address; None where it measures in the primal steps."""
         workspace, measure = self.workspace, self.workspace.config["measure"]
         draws: Draws | None = self.method.measure(
             workspace.modules()[1],
             multipliers,
-            counter=train.dual_step,
+            counter=counter,
             shards=shards,
             counts=shard_counts(measure["num_samples"], self.optimizer["num_shards"]),
             num_sampling_steps=measure["num_sampling_steps"],
         )
-        if draws is None:
-            return None
-        rows = draws.rows
-        if workspace.world_size > 1:
-            rows = np.concatenate(gather_object([rows]))
-        window = [*train.extra.get("window", []), rows.tolist()][-measure["window"] :]
-        train.extra["window"] = window
-        return self.method.measurement(np.concatenate(window), multipliers.cpu().numpy())
+        if draws is None or workspace.world_size == 1:
+            return None if draws is None else draws.rows
+        return np.concatenate(gather_object([draws.rows]))
 
     def _checkpoint(self, train: TrainState) -> None:
         if self.pipelined:

@@ -64,7 +64,7 @@ def has_checkpoint(folder, status):
 
 def trainers_of(process):
     """The processes of a driver that train or move multipliers."""
-    names = ("ray::RayTrainWorker", "ray::DualServer", "ray::ResourceTrainable", "ray::TrainController")
+    names = ("ray::RayTrainWorker", "ray::DualServer", "ray::ResourceTrainable", "ray::SweepTrial")
     return [child for child in psutil.Process(process.pid).children(recursive=True) if child.name().startswith(names)]
 
 
@@ -192,7 +192,7 @@ def test_what_was_training_when_tune_failed_is_trained_on_by_a_resume(write_smal
     grid = {"grid": {"minority": [0.25, 0.3, 0.35, 0.4]}}
     config = load_config(write_small(thresholds=grid, compute={"concurrent_trials": 2}), environment=False)
     with monkeypatch.context() as patch, pytest.raises(Exception, match="the disk of its books"):
-        patch.setattr(sweep, "trial_scheduler", lambda *_: Failing())
+        patch.setattr("dualsweep.orchestration.schedulers.trial_scheduler", lambda *_: Failing())
         sweep.run_sweep(config, console=Console(quiet=True))
     folder = tmp_path / "runs" / "small"
     unfinished = [status for status in statuses(folder).values() if status != "completed"]

@@ -108,6 +108,28 @@ def test_a_server_that_comes_back_knows_who_was_doing_what(tmp_path):
     assert asyncio.run(DualServer(str(tmp_path / "s"), "").lease("slot", None)) is None
 
 
+def test_a_server_that_comes_back_knows_a_resize_from_a_failure(tmp_path):
+    """The node that dies may be the server's own: then it starts again before the smaller group asks for its trial."""
+
+    async def before():
+        server = DualServer(str(tmp_path / "s"), "")
+        await server.assign("slot", assignment(tmp_path), 0)
+        await server.begin("t", (await server.lease("slot", None, 2))["attempt"], PROBLEM, RULE, [0.0], None)
+
+    async def after():
+        server = DualServer(str(tmp_path / "s"), "")
+        given = await server.lease("slot", None, 1)
+        assert given["attempt"] == 2
+        await server.begin("t", 2, PROBLEM, RULE, [0.0], None)
+        waiting = asyncio.create_task(server.lease("slot", None, 1))  # the same size: a failure, and none is allowed
+        while server.ledger.book("t").status != "failed":
+            await asyncio.sleep(0.01)
+        waiting.cancel()
+
+    asyncio.run(before())
+    asyncio.run(asyncio.wait_for(after(), 30))
+
+
 def test_workers_that_die_before_their_trial_begins_use_its_budget_up(tmp_path):
     """SIGKILL while the pretrained model is loaded: no attempt begins, and Ray Train restarts the group for ever."""
 

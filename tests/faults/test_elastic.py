@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -23,7 +25,7 @@ PATIENCE_S = 300.0
 
 @pytest.mark.ray
 @pytest.mark.heavy
-def test_a_group_grows_and_shrinks_and_no_dual_step_is_missing_or_doubled(
+def test_a_group_grows_shrinks_and_leaves_a_drained_node_and_no_dual_step_is_missing_or_doubled(
     make_cluster, tiny_config, write_config, command, wait_for, tmp_path, moment
 ):
     cluster = make_cluster()
@@ -50,7 +52,17 @@ def test_a_group_grows_and_shrinks_and_no_dual_step_is_missing_or_doubled(
         second = cluster.add_node(num_cpus=1)
         wait_for(lambda: len(rows(2)) > moment.randint(5, 20), seconds=PATIENCE_S, process=driver)
         before = len(rows(1)) + len(rows(2))
-        cluster.remove_node(moment.choice([first, second]), allow_graceful=False)  # SIGKILL to all its processes
+        killed, left = moment.sample([first, second], 2)
+        cluster.remove_node(killed, allow_graceful=False)  # SIGKILL to all its processes
+        wait_for(lambda: len(rows(1, before)) > 5, seconds=PATIENCE_S, process=driver)
+        before = len(rows(1)) + len(rows(2))
+        third = cluster.add_node(num_cpus=1)
+        wait_for(lambda: len(rows(2, before)) > moment.randint(5, 20), seconds=PATIENCE_S, process=driver)
+        before = len(rows(1)) + len(rows(2))
+        drained = moment.choice([left, third])
+        drain(cluster, drained, deadline_s=5)
+        time.sleep(5)  # the machine goes when its time is over
+        cluster.remove_node(drained, allow_graceful=False)
         wait_for(lambda: len(rows(1, before)) > 5, seconds=PATIENCE_S, process=driver)
         os.killpg(driver.pid, signal.SIGINT)
         output, _ = driver.communicate(timeout=PATIENCE_S)
@@ -61,7 +73,7 @@ def test_a_group_grows_and_shrinks_and_no_dual_step_is_missing_or_doubled(
     records = read_journal(journal)
     trial_id = next(r["trial"] for r in records if r["kind"] == "step" and r["trial"] != "pretrained")
     book = check_dual_steps(records, trial_id)
-    assert book.attempt == 3 and [row["dual_step"] for row in book.rows] == list(range(1, len(book.rows) + 1))
+    assert book.attempt == 5 and [row["dual_step"] for row in book.rows] == list(range(1, len(book.rows) + 1))
     assert {row["workers"] for row in book.rows} == {1, 2}
     # A resize is no failure: with max_failures of 0 the trial was given up otherwise.
     assert book.status == "interrupted"
@@ -73,6 +85,13 @@ def test_a_group_grows_and_shrinks_and_no_dual_step_is_missing_or_doubled(
     # The same numbers are drawn on two workers; sums are made in another order, a relative 1e-6 that steps amplify.
     for one, two in zip(calm[grown:], book.rows[grown : grown + 10], strict=True):
         assert two["objective"] == pytest.approx(one["objective"], rel=1e-3)
+
+
+def drain(cluster, node, *, deadline_s):
+    """Announce the end of a node, as a cloud does for a spot machine."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address]
+    command += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
+    subprocess.run([*command, "--deadline-remaining-seconds", str(deadline_s)], check=True, capture_output=True)
 
 
 @pytest.mark.ray
