@@ -32,10 +32,10 @@ def rule(width=1, domain=None, **changes):
     return StoppingRule([f"c{i}" for i in range(width)], domain or NonNegative(), **LIMITS | changes)
 
 
-def first(stopping, given):
+def first(stopping, given, afresh=None):
     """(dual step, finding) of the first finding, or None."""
     for row in given:
-        found = stopping.see(row)
+        found = stopping.see(row, afresh)
         if found is not None:
             return row["dual_step"], found
     return None
@@ -60,6 +60,46 @@ def test_a_kind_draw_is_not_enough_until_other_draws_confirm_it():
         means = np.convolve(violations, np.full(8, 1 / 8), "valid")
         ended["once"] += bool((means + 0.05 / 8**0.5 <= 0.1).any())
     assert ended["once"] > 40 and ended["confirmed"] < 12  # 47 and 6 with these seeds
+
+
+class Fresh:
+    """Draws of their own, of a violation of one constraint; counts how often it was asked."""
+
+    def __init__(self, violation, stderr=0.01, seed=None):
+        self.violation, self.stderr, self.asked = violation, stderr, 0
+        self.rng = None if seed is None else np.random.default_rng(seed)
+
+    def __call__(self):
+        self.asked += 1
+        drawn = self.violation + (self.stderr * self.rng.standard_normal() if self.rng else 0.0)
+        return {"violations": [drawn], "violation_stderrs": [self.stderr]}
+
+
+def test_a_run_at_rest_ends_at_once_where_draws_of_their_own_can_confirm_it():
+    fresh = Fresh(0.0)
+    step, found = first(rule(), rows(np.full(30, 0.5), noise(30, 0.01)), fresh)
+    assert (step, found.kind, found.confirmed, fresh.asked) == (4, "certificate", 4, 1)
+    assert "draws of their own at dual step 4" in found.evidence and "dual steps 1 to 4, which proposed" in found.evidence
+
+
+def test_draws_of_their_own_are_made_for_a_proposal_alone_and_a_refuted_one_is_not_made_again_of_the_same_rows():
+    fresh = Fresh(0.5)
+    assert first(rule(), rows(np.full(12, 0.5), np.full(12, 0.5)), fresh) is None
+    assert fresh.asked == 0
+    assert first(rule(), rows(np.full(15, 0.5), np.zeros(15)), fresh) is None
+    assert fresh.asked == 3  # at 4, 8 and 12
+    assert first(rule(), rows(np.full(15, 0.5), np.zeros(15)), Fresh(-0.5)) is None  # pays for room it does not need
+    assert first(rule(), rows(np.zeros(15), np.zeros(15)), Fresh(-0.5))[0] == 4  # and where nothing is paid
+    assert first(rule(), rows(np.full(15, 0.5), np.zeros(15)), Fresh(0.0, stderr=0.2)) is None  # too noisy to say
+
+
+def test_a_kind_draw_is_not_enough_until_draws_of_their_own_confirm_it():
+    """As above: a violation of 0.12 over a tolerance of 0.1, here judged by draws of four rows at once."""
+    ended = 0
+    for seed in range(60):
+        given = rows(np.full(200, 0.5), 0.12 + noise(200, 0.05, seed), stderr=0.05)
+        ended += first(rule(infeasible=False), given, Fresh(0.12, 0.025, seed + 1000)) is not None
+    assert ended < 20  # 11 with these seeds; one look ends 47, see above
 
 
 def test_a_confirmation_shares_no_draws_with_what_proposed_it():
@@ -173,6 +213,22 @@ def test_a_rule_restored_from_a_checkpoint_ends_at_the_same_dual_step_for_the_sa
         assert first(before, given[:cut]) is None
         restored = rule(state=json.loads(json.dumps(before.state)))
         assert first(restored, given[cut:]) == calm is not None
+
+
+@pytest.mark.parametrize("cut", [1, 4, 6, 9])
+def test_a_restored_rule_knows_what_was_refuted(cut):
+    at_rest, answers = rows(np.full(30, 0.5), np.zeros(30)), [0.5, 0.5, 0.0]
+
+    def asked_by(steps):
+        """Draws that refute twice; `steps` of the confirmations that were made already."""
+        left = iter(answers[steps:])
+        return lambda: {"violations": [next(left)], "violation_stderrs": [0.01]}
+
+    calm = first(rule(), at_rest, asked_by(0))
+    before = rule()
+    assert calm[0] == 12 and first(before, at_rest[:cut], asked_by(0)) is None
+    restored = rule(state=json.loads(json.dumps(before.state)))
+    assert first(restored, at_rest[cut:], asked_by(cut // 4)) == calm
 
 
 @pytest.mark.parametrize(
