@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
@@ -138,6 +139,8 @@ def _trainer_class(*, grouped: bool, uncontended: bool) -> type[DataParallelTrai
         def _initialize_and_run_controller(self, **given: Any) -> Any:
             if uncontended:
                 given["scaling_policy"] = _UnannouncedSize(self.scaling_config)
+            if ray.get_runtime_context().get_actor_id() is None:  # a controller is an actor, or lives in one
+                return super()._initialize_and_run_controller(**given)
             controller = TrainController(**given)
             asyncio.run(controller.run())
             return controller.get_result()
