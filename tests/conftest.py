@@ -52,7 +52,7 @@ def _own_ray():
 
 @pytest.fixture
 def make_cluster(tmp_path, monkeypatch):
-    """`make(dashboard=True)`: a Ray cluster of its own, so far a head that offers no CPU; Ray Train needs the dashboard."""
+    """`make()`: a Ray cluster of its own, so far a head that offers no CPU and has no dashboard, which no sweep needs."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -63,9 +63,8 @@ def make_cluster(tmp_path, monkeypatch):
     quiet_environment()
     started = []
 
-    def make(*, dashboard: bool = True) -> Cluster:
-        head = {"num_cpus": 0, "include_dashboard": dashboard, "dashboard_port": None}  # None: any free port
-        started.append(Cluster(initialize_head=True, head_node_args=head))
+    def make() -> Cluster:
+        started.append(Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}))
         return started[-1]
 
     yield make

@@ -97,7 +97,7 @@ def drain(cluster, node, *, deadline_s):
 @pytest.mark.ray
 @pytest.mark.heavy
 def test_ray_sees_at_once_that_a_node_joined(make_cluster):
-    cluster = make_cluster(dashboard=False)
+    cluster = make_cluster()
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     with cluster_tended(elastic=True):
         coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")

@@ -24,7 +24,7 @@ print("group", group.id.hex())
 @pytest.mark.ray
 @pytest.mark.slow
 def test_groups_of_our_dead_jobs_are_removed_and_nobody_elses(make_cluster):
-    cluster = make_cluster(dashboard=False)
+    cluster = make_cluster()
     cluster.add_node(num_cpus=4)
 
     def left_by(mark):
@@ -52,7 +52,7 @@ def test_the_group_of_a_slot_that_died_is_freed_while_its_sweep_goes_on(make_clu
             ray.get(group.ready(), timeout=60)
             return group.id.hex()
 
-    cluster = make_cluster(dashboard=False)
+    cluster = make_cluster()
     cluster.add_node(num_cpus=4)
     job = ray.job_config.JobConfig(metadata={mark: "sweep"})
     ray.init(address=cluster.address, job_config=job, log_to_driver=False, logging_level="ERROR")

@@ -111,8 +111,7 @@ def test_the_token_is_asked_for_and_reaches_every_node(cluster):
     assert cluster["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
 
 
-def test_the_dashboard_stays_on_and_reachable_from_other_nodes(cluster):
-    """Without an answer from it Ray Train leaves the placement group of every stopped trial behind."""
+def test_the_dashboard_can_be_looked_at(cluster):
     (start,) = [command for command in cluster["head_start_ray_commands"] if "ray start" in command]
     assert "--dashboard-host=0.0.0.0" in start
     assert "--include-dashboard" not in start
