@@ -14,9 +14,9 @@ Beside wall time, the processor time of all processes is printed, sampled: on a 
 number, and `processor_*_N` are the same ratios in it (of the bare loops their imports are left out, of the rest nothing).
 
 `efficiency_N` is bare over sweep for N trials, everything that a sweep does from its first line to its report counted
-against it; `efficiency_evaluated_N` counts the evaluation as work, `efficiency_in_process_N` is bare over in_process. `speedup_vs_plain_N` and `speedup_vs_shell_N` are wall time
-over the sweep's. The medians of the ratios are taken, every repeat running all of them in turn, in the opposite order every
-second time; the spread is printed.
+against it; `efficiency_evaluated_N` counts the evaluation as work, `efficiency_in_process_N` is bare over in_process.
+`speedup_vs_plain_N` and `speedup_vs_shell_N` are wall time over the sweep's. The medians of the ratios are taken, every repeat
+running all of them in turn, in the opposite order every second time; the spread is printed.
 
     python benchmarks/sweep_efficiency.py [--trials 8] [--steps 200] [--samples 3000] [--repeats 3] [--only sweep bare]
     python benchmarks/sweep_efficiency.py --trials 32 --only bare sweep

@@ -148,6 +148,8 @@ def _run(plan: Plan, slots: int, console: Console, *, own_ray: bool) -> Outcome:
                         if failed_fit is None and not halt.requested:
                             server.call("settle")
                     except Exception as error:
+                        with contextlib.suppress(Exception):  # what still trains saves itself; `error` is what is told
+                            server.call("interrupt")
                         trouble = disk_trouble(error)  # Tune keeps books of its own in the sweep's folder
                         if trouble is None:
                             raise
