@@ -3,13 +3,13 @@
 Both are judged from the rows of the dual steps so far, by every worker alike, so that a resumed run and one without Ray
 stop at the same dual step. What training sees is an estimate: the certificate itself is made afterwards, on fresh draws.
 
-Tight, for every constraint: the mean violation lies within the tolerance, above and, unless the multiplier is zero, below
-(complementary slackness: nothing is paid for room to spare); multiplier and violation have stopped moving (the dual step
-stands still, and the model has followed). On the simplex violations count from the level.
+Tight, for every constraint: the mean violation lies within the tolerance by one standard error, above and, unless the
+multiplier is zero, below (complementary slackness: nothing is paid for room to spare); multiplier and violation have
+stopped moving (the dual step stands still, and the model has followed). On the simplex violations count from the level.
 A rule that looks at every dual step stops where the noise is kind, so half a ``window`` of dual steps that looks tight only
-proposes the end, and other draws have to confirm it, by one standard error: as many at once, of the model as it is, where the
-caller can draw them (``afresh``), else those of the second half, and then both together have to stand still. Else the run goes
-on, and the next proposal is about later dual steps.
+proposes the end, and other draws have to confirm it: as many at once, of the model as it is, where the caller can draw them
+(``afresh``), else those of the second half, and then both together have to stand still. Else the run goes on, and the next
+proposal is about later dual steps.
 
 Out of reach, over the last ``patience`` dual steps and for some constraint: its violation stood above the tolerance
 throughout, beyond noise, and fell by surely less than ``HOPE`` of itself; its multiplier lay at the guard of its domain, or
@@ -137,7 +137,7 @@ class StoppingRule:
         if len(rows) < self.window // 2 or rows[0]["dual_step"] <= (rows[-1]["refuted"] or 0):
             return None
         courses = self._courses(rows)
-        return rows if self._worst(courses, by=0.0) is not None and self._still(courses) else None
+        return rows if self._worst(courses) is not None and self._still(courses) else None
 
     def _certified_now(self, kept: dict[str, Any], afresh: Callable[[], Mapping[str, Any]]) -> str | None:
         """The evidence, from draws that are made for it."""
@@ -167,14 +167,13 @@ class StoppingRule:
         span = f"over dual steps {second[0]['dual_step']} to {second[-1]['dual_step']}"
         return self._told(worst, span, " on average", rows[-self.whole :][: self.window // 2])
 
-    def _worst(self, courses: list[ConstraintCourse], *, by: float = 1.0) -> float | None:
-        """The largest mean violation (where the multiplier is active, in size); None: not all are within the tolerance, `by` so
-        many standard errors."""
+    def _worst(self, courses: list[ConstraintCourse]) -> float | None:
+        """The largest mean violation (where the multiplier is active, in size); None: not all are within the tolerance."""
         # Rows that share draws: so many rows have (rows + pooled - 1) / pooled times the draws of one.
         share = (self.pooled / (len(courses[0].steps) + self.pooled - 1)) ** 0.5
         worst = 0.0
         for course in courses:
-            violation, stderr = float(course.values.mean()), by * share * course.noise
+            violation, stderr = float(course.values.mean()), share * course.noise
             multiplier = float(course.multipliers.mean())
             held = violation + stderr <= self.tolerance
             slack = violation - stderr < -self.tolerance and multiplier > FREE
