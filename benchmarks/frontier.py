@@ -167,10 +167,10 @@ def problem(data: str, mnist: Path, points: int, samples: int) -> tuple[str, tup
         evaluation = f"evaluation={{num_samples: {samples}, num_sampling_steps: 50, batch_size: 8000, tolerance: 0.2}}"
         return "gmm_frontier.yaml", (_shares(0.05, 0.25, points), evaluation)
     # Three rare classes and fewer draws than in the plane, each of which costs more: a wider tolerance for all arms. With
-    # half the draws the noise of a measurement is all that keeps a certificate from being tight, in every arm.
+    # half the draws the noise of a measurement is most of what keeps a certificate from being tight, in every arm.
     settings = (
         _shares(0.1, 0.2, points),
-        "measure={num_samples: 512, num_sampling_steps: 10, window: 3}",
+        "measure={num_samples: 1024, num_sampling_steps: 10, window: 3}",
         "stopping={window: 8, infeasible: false}",
         f"evaluation={{num_samples: {samples}, tolerance: 0.3}}",
     )
