@@ -64,6 +64,7 @@ class Streams:
     num_shards: int
     num_train_timesteps: int
     sample_shape: tuple[int, ...]
+    first_step: int = 0  # steps whose draws are another's: a trial that goes on from a neighbour goes on with its draws
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sample_shape", tuple(self.sample_shape))
@@ -71,12 +72,13 @@ class Streams:
             raise ValueError(
                 f"sizes name the streams {list(self.sizes)}, batch_sizes {list(self.batch_sizes)}: give both the same"
             )
-        counts = {"seed": self.seed + 1, "num_shards": self.num_shards, "num_train_timesteps": self.num_train_timesteps}
+        counts = {"seed": self.seed + 1, "first_step": self.first_step + 1}
+        counts |= {"num_shards": self.num_shards, "num_train_timesteps": self.num_train_timesteps}
         counts |= {f"sizes[{name!r}]": size for name, size in self.sizes.items()}
         counts |= {f"batch_sizes[{name!r}]": size for name, size in self.batch_sizes.items()}
         for name, value in counts.items():
             if value < 1:
-                shown, least = (value - 1, 0) if name == "seed" else (value, 1)
+                shown, least = (value - 1, 0) if name in ("seed", "first_step") else (value, 1)
                 raise ValueError(f"{name}={shown}: must be at least {least}")
 
     @property
@@ -113,7 +115,7 @@ class Streams:
     def draw(self, step: int, shards: Iterable[int]) -> dict[str, Draw]:
         """The draws of all streams at one step, concatenated over ``shards`` in the order given.
 
-        Returns: stream name -> (indices, timesteps, noise) as in shard_draw, first axis counts(shards)[name].
+        Returns: stream name -> (indices, timesteps, noise) as in shard_draw at ``first_step + step``, first axis counts(shards)[name].
         Raises: ValueError for a shard outside [0, num_shards) or a negative step.
         """
         if step < 0:
@@ -124,7 +126,7 @@ class Streams:
         generator = np.random.Generator(bits)
         state = bits.state
         counter = np.zeros(4, dtype=np.uint64)
-        counter[2] = step
+        counter[2] = self.first_step + step
         state["state"] = {"counter": counter, "key": None}
         draws = {}
         for name, num_samples in self.sizes.items():

@@ -32,6 +32,7 @@ class Outcome:
     thresholds: Mapping[str, float]  # canonical, factors resolved
     relaxations: Mapping[str, float] = field(default_factory=dict)  # canonical; of a resilient rule
     out_of_reach: bool = False  # shown so in training: nothing to start from, and no use in asking for more
+    steps: int = 0  # primal steps from the pretrained model on, those of the neighbours it went on from included
 
     @classmethod
     def beyond(cls, label: str) -> "Outcome":
@@ -59,7 +60,12 @@ def outcome_of(result: Mapping[str, Any] | None) -> Outcome | None:
         return None
     metrics, thresholds = ({row["name"]: row[key] for row in result["constraints"]} for key in ("metric", "threshold"))
     return Outcome(
-        result["label"], result["averaged_multipliers"], metrics, thresholds, dict(result.get("relaxations") or {})
+        result["label"],
+        result["averaged_multipliers"],
+        metrics,
+        thresholds,
+        dict(result.get("relaxations") or {}),
+        steps=result["primal_steps"] + (result.get("start") or {}).get("steps_before", 0),
     )
 
 
@@ -103,7 +109,12 @@ class Starts:
         place = self.place(point) + self._relaxed(source, outcome)
         values = start_multipliers(place, known, NonNegative(), shares=self._shares, cold=self._cold)
         multipliers = dict(zip(names, values.tolist(), strict=True))
-        return {"trial": source["trial_id"], "label": outcome.label, "multipliers": multipliers}
+        return {
+            "trial": source["trial_id"],
+            "label": outcome.label,
+            "multipliers": multipliers,
+            "steps_before": outcome.steps,
+        }
 
     def _relaxed(self, point: Point, outcome: Outcome) -> NDArray[np.float64]:
         """How far a solved point's thresholds were relaxed, on the scale of `place`."""

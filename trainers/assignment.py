@@ -34,7 +34,8 @@ class Assignment:
     base_dir: str
     handed_over: float = 0.0  # unix time at which Tune handed the grid point over
     # What it starts from instead of the pretrained model and `dual.start`: {"trial": whose model, a folder beside
-    # trial_dir, "label": its label, "multipliers": {constraint: value}}. Part of what the trial is: a retry has the same.
+    # trial_dir, "label": its label, "multipliers": {constraint: value}, "steps_before": primal steps of the chain up to it,
+    # whose draws are not taken again}. Part of what the trial is: a retry has the same.
     start: dict[str, Any] | None = None
 
     known_steps: int | None = None  # dual steps whose rows the server has; a checkpoint beyond them is not used

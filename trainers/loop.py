@@ -89,6 +89,9 @@ class _Trial:
         self.reply: Reply  # the newest answer
         self.in_use: tuple[float, ...]  # multipliers of the primal steps: the newest answer's, or the one's before it
         self.ends = ExitStack()  # what must not outlive the trial
+        # Primal steps of the neighbours that this trial goes on from, one after the other. Their draws are not taken again: a
+        # chain that sees the same batches from every point to the next adds their noise up instead of averaging it.
+        self.before: int = (assignment.start or {}).get("steps_before", 0)
         self.draws = False  # whether the method measures on draws of its own
         self.lost = ""  # why the neighbour's model cannot be started from
         self._under_way: tuple[int, Callable[[], Reply] | None] | None = None  # dual step, and rank 0's wait for it
@@ -112,7 +115,7 @@ class _Trial:
         self.in_use = tuple(train.extra.get("multipliers_in_use", self.reply.multipliers))
         multipliers = torch.tensor(self.in_use, dtype=torch.float32, device=workspace.device)
         detector, stopping = self._detector(train), self._stopping(train, problem)
-        streams = workspace.streams(self.method, self.optimizer, config["seed"])
+        streams = workspace.streams(self.method, self.optimizer, config["seed"], first_step=self.before)
         tensors = {name: samples for name, (samples, _) in self.method.streams().items()}
         shards = list(streams.shards_of(workspace.rank, workspace.world_size))
         sums = StreamSums(1 + len(self.names), workspace.device)
@@ -361,11 +364,12 @@ class _Trial:
                 found = gather_object(found)
             text = min(found, key=lambda one: one[0])[1]
             parts = [part for _, _, part in found]
-            address = {"primal_step": step, "stream_step": step - 1}
+            stream_step = streams.first_step + step - 1
+            address = {"primal_step": step, "stream_step": stream_step}
             path = self._keep(text, together=agreed, **address, workers=parts)
             named = "" if agreed else f" in primal step {step}"
             raise NonFiniteError(
-                f"{text}{named}; {told(parts)} (seed {self.workspace.config['seed']}, stream step {step - 1}); "
+                f"{text}{named}; {told(parts)} (seed {self.workspace.config['seed']}, stream step {stream_step}); "
                 f"the whole batch is in {path}"
             ) from error
 
@@ -376,11 +380,12 @@ class _Trial:
             yield
         except NonFiniteError as error:
             steps = [(number - 1) * self.interval + 1, number * self.interval]
-            address = {"dual_step": number, "primal_steps": steps, "draws_counter": number - 1}
+            counter = self._counter(number - 1)
+            address = {"dual_step": number, "primal_steps": steps, "draws_counter": counter}
             path = self._keep(str(error), together=False, **address, shards=shards)
             raise NonFiniteError(
                 f"{error}; measured at dual step {number} after the primal steps {steps[0]} to {steps[1]} "
-                f"(seed {self.workspace.config['seed']}, draws {number - 1} of shards {shards}); kept in {path}"
+                f"(seed {self.workspace.config['seed']}, draws {counter} of shards {shards}); kept in {path}"
             ) from error
 
     def _keep(self, text: str, *, together: bool, **what: Any) -> Path:
@@ -457,7 +462,7 @@ class _Trial:
 
     def _drawn(self, train: TrainState, shards: list[int], multipliers: torch.Tensor) -> Measurement | None:
         """The method's own draws, pooled over the last dual steps."""
-        rows = self._draw(train.dual_step, multipliers, shards)
+        rows = self._draw(self._counter(train.dual_step), multipliers, shards)
         self.draws = rows is not None
         if rows is None:
             return None
@@ -470,7 +475,7 @@ class _Trial:
     ) -> dict[str, Any]:
         """The constraints of the model as it is, on draws of their own, so many times those of a dual step."""
         with self._named_dual_step(train.dual_step, shards):
-            first = CONFIRMATION_COUNTER + train.dual_step * repeats
+            first = CONFIRMATION_COUNTER + self._counter(train.dual_step) * repeats
             rows = [self._draw(first + number, multipliers, shards) for number in range(repeats)]
             measured = self.method.measurement(np.concatenate(rows), multipliers.cpu().numpy()).canonical(problem.constraints)
             if not np.isfinite([*measured.metrics, *measured.stderrs]).all():
@@ -479,6 +484,10 @@ class _Trial:
             "violations": problem.violation(measured.metrics).tolist(),
             "violation_stderrs": list(measured.stderrs),
         }
+
+    def _counter(self, dual_step: int) -> int:
+        """The address of a dual step's draws, behind those of the neighbours' dual steps."""
+        return -(-self.before // self.interval) + dual_step
 
     def _draw(self, counter: int, multipliers: torch.Tensor, shards: list[int]) -> np.ndarray | None:
         """Rows of the method's own draws, of all workers, at this address; None where it measures in the primal steps."""

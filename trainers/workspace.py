@@ -231,8 +231,8 @@ class Workspace:
             self._first_scale = self._first_scale or scaler.state_dict()
             scaler.load_state_dict(self._first_scale)
 
-    def streams(self, method: Method, optimizer: dict[str, Any], seed: int) -> Streams:
-        """The addressed draws of a method's streams."""
+    def streams(self, method: Method, optimizer: dict[str, Any], seed: int, *, first_step: int = 0) -> Streams:
+        """The addressed draws of a method's streams, from a step on."""
         given = method.streams()
         return Streams(
             sizes={name: len(samples) for name, (samples, _) in given.items()},
@@ -241,6 +241,7 @@ class Workspace:
             num_shards=optimizer["num_shards"],
             num_train_timesteps=self.schedule.num_train_timesteps,
             sample_shape=method.noise_shape,
+            first_step=first_step,
         )
 
 

@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,6 +73,12 @@ def test_a_resumed_run_draws_what_the_uninterrupted_one_drew():
     streams.draw(9, [5])  # what was drawn before must not matter
     for step in (3, 1, 2, 0):
         assert_same(streams.draw(step, range(8)), calm[step])
+
+
+def test_a_trial_that_goes_on_from_another_draws_what_comes_after_it():
+    later, all_of_them = replace(make_streams(), first_step=5), make_streams()
+    for step in (0, 3):
+        assert_same(later.draw(step, range(8)), all_of_them.draw(5 + step, range(8)))
 
 
 def test_seed_stream_step_and_shard_each_change_every_draw():
@@ -147,6 +154,7 @@ def test_every_worker_gets_its_part_of_the_batch_to_within_one_sample(batch, num
     [
         ({"num_shards": 0}, "num_shards=0: must be at least 1"),
         ({"seed": -1}, "seed=-1: must be at least 0"),
+        ({"first_step": -1}, "first_step=-1: must be at least 0"),
         ({"num_train_timesteps": 0}, "num_train_timesteps=0"),
         ({"batch_sizes": {"main": 0}}, r"batch_sizes\['main'\]=0"),
         ({"sizes": {"main": 0}}, r"sizes\['main'\]=0"),

@@ -67,6 +67,7 @@ def result_of(point, **changes):
         "trial_id": point["trial_id"],
         "label": point["label"],
         "status": "completed",
+        "primal_steps": 30,
         "averaged_multipliers": dict.fromkeys(NAMES, 0.1),
         "constraints": [{"name": name, "metric": 2.0, "threshold": 2.1} for name in NAMES],
         "certificate": {"verdict": "feasible"},
@@ -87,6 +88,14 @@ def test_a_point_waits_for_the_one_it_starts_from():
     second = plan.next()
     assert second["label"] == label(0.1)
     assert (second["start"]["trial"], second["start"]["label"]) == (first["trial_id"], label(0.05))
+
+
+def test_a_point_goes_on_with_the_draws_behind_those_of_all_points_before_it():
+    plan, seen = plan_of(config()), []
+    while (point := plan.next()) is not None:
+        seen.append((point["start"] or {}).get("steps_before", 0))
+        plan.over(point["trial_id"], outcome_of(result_of(point, start=point["start"], primal_steps=100 + len(seen))))
+    assert seen == [0, 101, 203, 306]
 
 
 def test_two_chains_are_ready_side_by_side_once_their_common_start_is_over():

@@ -100,11 +100,12 @@ def runs(tmp_path_factory):
     return made
 
 
-def start_from(trial="source", values=(0.31, 0.17)):
+def start_from(trial="source", values=(0.31, 0.17), steps_before=25):
     return {
         "trial": trial,
         "label": trial,
         "multipliers": dict(zip(("component_1", "component_2"), values, strict=True)),
+        "steps_before": steps_before,
     }
 
 
@@ -120,6 +121,18 @@ def test_a_warm_start_has_the_neighbours_model_and_the_given_multipliers(runs):
     assert runs.weights("still") == runs.weights("source")
     cold = runs.run("still-cold", Directing(), still)
     assert cold["start"] is None and runs.weights("still-cold") != runs.weights("source")
+
+
+def test_a_warm_start_goes_on_with_the_draws_behind_its_neighbours(runs):
+    """The model stands still, so that the numbers are those of the draws alone; two primal steps are a dual step."""
+    still, traces = {"primal": {"lr": 1e-30, "weight_decay": 0.0}, "measure": {"window": 1}}, {}
+    for before in (0, 20, 19):
+        dual, trial = LocalDual(), f"behind-{before}"
+        runs.run(trial, dual, still, start=start_from(steps_before=before))
+        traces[before] = [(row["objective"], row["metrics"]) for row in dual.trace(trial)]
+    assert traces[20][:10] == traces[0][10:]
+    metrics = {before: [metric for _, metric in trace] for before, trace in traces.items()}
+    assert metrics[19] == metrics[20] and traces[19] != traces[20]  # dual steps are counted up
 
 
 @pytest.mark.parametrize(
