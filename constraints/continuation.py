@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from dualsweep.constraints.closed_forms import class_restriction_multipliers
 from dualsweep.constraints.domains import DualDomain
 
-EXACT = 0.15  # standard deviation of how far the law of shares is off in a trained model, relative to its slope
+EXACT = 0.05  # standard deviation of how far the law of shares is off in a trained model, relative to its slope
 NOISE = 0.07  # relative: a solved point has ended within a tolerance of such a size, and its share is an estimate
 REACH = 2.0  # a secant changes no multiplier by more than this factor: beyond, the line says nothing
 
@@ -61,9 +61,7 @@ def _by_shares(place: NDArray[np.float64], solved: Sequence[Solved]) -> NDArray[
 
     The law says slope 1 for the class itself; a trained model and a labeller that errs have others. Both are fitted to the
     solved points, weighted by the noise of a share, with the slope held near 1 (ridge regression): one point fixes the
-    mass, many correct the slope. A mass comes from where multipliers are small, whatever the scale of the target. It is
-    not negative: where the best fit wants it so, the points have less than the law gives them with no mass at all, and
-    what is missing is the slope's (least squares with that bound).
+    mass, many correct the slope. A mass comes from where multipliers are small, whatever the scale of the target.
     """
     multipliers = np.stack([point.multipliers for point in solved])
     reached = np.exp(-np.stack([point.metrics for point in solved])) * (1 + multipliers.sum(axis=1, keepdims=True))
@@ -73,9 +71,6 @@ def _by_shares(place: NDArray[np.float64], solved: Sequence[Solved]) -> NDArray[
     spread = (weights * np.square(multipliers - centre)).sum(axis=0)
     together = (weights * (multipliers - centre) * (reached - level)).sum(axis=0)
     slope = (together + 1 / EXACT**2) / (spread + 1 / EXACT**2)
-    without_mass = (weights * multipliers * reached).sum(axis=0) + 1 / EXACT**2
-    without_mass /= (weights * np.square(multipliers)).sum(axis=0) + 1 / EXACT**2
-    slope = np.where(level < slope * centre, without_mass, slope)
     slope = np.clip(slope, 1 / REACH, REACH)
     mass = np.maximum(level - slope * centre, 0.0) / slope
     shares = np.exp(-place) / slope
