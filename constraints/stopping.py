@@ -6,10 +6,11 @@ stop at the same dual step. What training sees is an estimate: the certificate i
 Tight, for every constraint: the mean violation lies within the tolerance by one standard error, above and, unless the
 multiplier is zero, below (complementary slackness: nothing is paid for room to spare); multiplier and violation have
 stopped moving (the dual step stands still, and the model has followed). On the simplex violations count from the level.
-A rule that looks at every dual step stops where the noise is kind, so half a ``window`` of dual steps that looks tight only
-proposes the end, and other draws have to confirm it: as many at once, of the model as it is, where the caller can draw them
-(``afresh``), else those of the second half, and then both together have to stand still. Else the run goes on, and the next
-proposal is about later dual steps.
+A rule that looks at every dual step stops where the noise is kind, so dual steps that look tight only propose the end, and
+other draws have to confirm it. Where the caller can draw them (``afresh``), a whole ``window`` proposes, and draws of the
+model as it is confirm at once: half a window is too short to tell a run that stands from one that passes by, its multipliers
+still on their way. Else half a window proposes, the second half confirms, and both together have to stand still. Without
+confirmation the run goes on, and the next proposal needs half a window of later dual steps.
 
 Out of reach, over the last ``patience`` dual steps and for some constraint: its violation stood above the tolerance
 throughout, beyond noise, and fell by surely less than ``HOPE`` of itself; its multiplier lay at the guard of its domain, or
@@ -66,8 +67,8 @@ class StoppingRule:
         Args:
             names: the constraints, at least one.
             tolerance: > 0, canonical units.
-            window: >= 8 dual steps over which a certificate must be tight: half of them propose it, and half of them, or as
-                many draws at once, confirm it.
+            window: >= 8 dual steps over which a certificate must be tight: they propose it, and draws made for it confirm it;
+                without those, half of them propose and half of them confirm.
             drift: > 0, change of a multiplier over the window relative to its mean that still counts as standing.
             patience: > window, dual steps without progress after which thresholds count as out of reach.
             pooled: successive rows whose estimates share draws (``measure.window``).
@@ -105,7 +106,7 @@ class StoppingRule:
         if self.certificate:
             evidence = self._certified_later(kept) if afresh is None else self._certified_now(kept, afresh)
             if evidence:
-                return Finding("certificate", evidence, self.confirmed)
+                return Finding("certificate", evidence, self.confirmed if afresh is None else self.window)
         if self.infeasible and len(self._rows) >= self.patience:
             for name, course in zip(self.names, self._courses(self._rows[-self.patience :]), strict=True):
                 evidence = self._out_of_reach(course)
@@ -123,25 +124,25 @@ class StoppingRule:
 
     @property
     def confirmed(self) -> int:
-        """Dual steps of the half that confirms: the last ones of a run that ended by its certificate."""
+        """Dual steps of the half that confirms: the last ones of a run without draws of their own."""
         return self.window - self.window // 2
 
     @property
     def repeats(self) -> int:
-        """How many rows' draws a confirmation has."""
+        """How many rows' draws a confirmation has: those of half a window and of what lies between two halves."""
         return self.whole - self.window // 2
 
-    def _proposal(self) -> list[dict[str, Any]] | None:
-        """The rows that look tight; None: they do not, or there are not enough since the last proposal was refuted."""
-        rows = self._rows[-(self.window // 2) :]
-        if len(rows) < self.window // 2 or rows[0]["dual_step"] <= (rows[-1]["refuted"] or 0):
+    def _proposal(self, length: int) -> list[dict[str, Any]] | None:
+        """The last rows, if they look tight and enough of them are later than the last proposal that was refuted."""
+        rows, new = self._rows[-length:], self._rows[-(self.window // 2) :]
+        if len(rows) < length or new[0]["dual_step"] <= (new[-1]["refuted"] or 0):
             return None
         courses = self._courses(rows)
         return rows if self._worst(courses) is not None and self._still(courses) else None
 
     def _certified_now(self, kept: dict[str, Any], afresh: Callable[[], Mapping[str, Any]]) -> str | None:
         """The evidence, from draws that are made for it."""
-        proposal = self._proposal()
+        proposal = self._proposal(self.window)
         if proposal is None:
             return None
         measured = afresh()
@@ -156,7 +157,7 @@ class StoppingRule:
         """The evidence, from later rows. A proposal waits in the newest row."""
         rows, proposed = self._rows, kept["proposed"]
         if proposed is None:
-            kept["proposed"] = kept["dual_step"] if self._proposal() is not None else None
+            kept["proposed"] = kept["dual_step"] if self._proposal(self.window // 2) is not None else None
             return None
         if kept["dual_step"] - proposed < self.repeats:
             return None
