@@ -355,7 +355,8 @@ class StoppingConfig(_Section):
     tolerance: Positive | None = None
     """Violation that training may still see, canonical units; null: half of evaluation.tolerance."""
     window: Annotated[int, Field(ge=8)] = 10
-    """Dual steps over which a certificate has to be tight: half of them propose it, as many draws as in the others confirm it."""
+    """Dual steps over which a certificate has to be tight; draws made for it confirm it, or, of a metric of the primal steps, the
+    later half."""
     drift: Positive = 0.2
     """A multiplier stands still when it changes by less than this part of itself over the window."""
     patience: Annotated[int, Field(ge=9)] = 40
