@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from dualsweep.constraints import NonFiniteError
 from dualsweep.datasets import DatasetSpec
+from dualsweep.trainers.allocator import keep_freed_memory
 from dualsweep.trainers.assignment import Assignment
 from dualsweep.trainers.dual_client import DualClient
 from dualsweep.trainers.loop import run_trial
@@ -48,6 +49,7 @@ def serve(
     ends instead, and is restarted by Ray Train; whichever rank raised first has said why, the server drops what follows.
     """
     torch.set_num_threads(num_threads)
+    keep_freed_memory()
     grouped = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     workspace = _early_workspace(server, slot, config, data_spec, store, grouped=grouped)
     finished = None
