@@ -137,7 +137,7 @@ def bare_trial(workspace: Workspace, point: Assignment, *, evaluate: bool) -> No
         sums.reset()
     if evaluate:
         summary = trial_summary(
-            workspace, method, point, problem, reply, status="completed", reason=None, averaged={}, primal_steps=0, dual_steps=0
+            workspace, method, point, problem, reply, status="completed", reason=None, rows=[], primal_steps=0, dual_steps=0
         )  # fmt: skip
         evaluate_trial(workspace, method, summary, problem, reply, dual.trace("t"), Path(point.trial_dir))
 

@@ -24,7 +24,10 @@ POINT = ("trial_id", "label", "kind", "thresholds", "fixed_weight")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a neighbour may start from: by constraint name the settled multipliers and the metrics reached (canonical)."""
+    """What a neighbour may start from: by constraint name the settled multipliers and the metrics reached (canonical).
+
+    Reached in training: an evaluation has another labeller, and what the two differ by is no error of the multipliers.
+    """
 
     label: str
     multipliers: Mapping[str, float]
@@ -62,7 +65,7 @@ def outcome_of(result: Mapping[str, Any] | None) -> Outcome | None:
     return Outcome(
         result["label"],
         result["averaged_multipliers"],
-        metrics,
+        {**metrics, **result.get("averaged_metrics", {})},
         thresholds,
         dict(result.get("relaxations") or {}),
         steps=result["primal_steps"] + (result.get("start") or {}).get("steps_before", 0),

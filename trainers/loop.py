@@ -41,7 +41,6 @@ from dualsweep.trainers.metrics import Draws, Measurement, loss_measurement, mea
 from dualsweep.trainers.models import Denoiser, load_model, save_model
 from dualsweep.trainers.primal import primal_step
 from dualsweep.trainers.results import (
-    averaged_multipliers,
     evaluate_trial,
     publish_base,
     push_trial,
@@ -574,7 +573,7 @@ class _Trial:
             status=status,
             reason=reason,
             finding=finding,
-            averaged=averaged_multipliers(self.names, self._rows(), last=finding and finding.confirmed),
+            rows=self._rows(),
             primal_steps=train.primal_step,
             dual_steps=train.dual_step,
             wall_seconds=time.time() - self.started,

@@ -26,11 +26,11 @@ from dualsweep.trainers.workspace import Workspace, write_atomically, write_json
 DENSITY_CELLS = 161
 
 
-def averaged_multipliers(
-    names: Sequence[str], rows: Sequence[dict[str, Any]], *, last: int | None = None
+def late_average(
+    names: Sequence[str], rows: Sequence[dict[str, Any]], key: str, *, last: int | None = None
 ) -> dict[str, float]:
-    """Mean over the last third of the dual steps, or the `last` ones: what noisy multipliers settle around."""
-    late = [row["multipliers"] for row in rows[-(last or max(1, len(rows) // 3)) :]]
+    """Mean of multipliers or metrics (`key`) over the last third of the dual steps, or the `last` ones: what noise leaves of them."""
+    late = [row[key] for row in rows[-(last or max(1, len(rows) // 3)) :]]
     return dict(zip(names, np.mean(late, axis=0).tolist(), strict=True)) if names and late else {}
 
 
@@ -43,12 +43,13 @@ def trial_summary(
     *,
     status: str,
     reason: str | None,
-    averaged: dict[str, float],
+    rows: Sequence[dict[str, Any]],
     finding: Finding | None = None,
     **counts: Any,
 ) -> dict[str, Any]:
-    """The part of a result that needs no evaluation."""
+    """The part of a result that needs no evaluation; `rows` are the trace."""
     names = problem.names
+    last = finding and finding.confirmed
     state = DualState.from_dict(reply.dual_state) if names else None
     exact = None
     if assignment.kind == "constrained":
@@ -67,7 +68,8 @@ def trial_summary(
         "thresholds": assignment.thresholds,
         "fixed_weight": assignment.fixed_weight,
         "multipliers": dict(zip(names, reply.multipliers, strict=True)),
-        "averaged_multipliers": averaged,
+        "averaged_multipliers": late_average(names, rows, "multipliers", last=last),
+        "averaged_metrics": late_average(names, rows, "metrics", last=last),  # canonical, as training measured them
         "exact_multipliers": dict(zip(names, exact.multipliers.tolist(), strict=True)) if exact else None,
         "exact_objective": float(exact.objective) if exact else None,
         "relaxations": dict(zip(names, state.relaxations.tolist(), strict=True)) if state else {},

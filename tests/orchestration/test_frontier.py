@@ -170,6 +170,13 @@ def test_only_a_completed_point_that_may_hold_is_started_from(changes):
     assert outcome_of(result_of(point, **changes)) is None and outcome_of(None) is None
 
 
+def test_a_start_goes_by_what_training_measured_not_by_the_evaluation_and_its_labeller():
+    point = points_of(config())[1]
+    measured = dict(zip(NAMES, (1.8, 1.9), strict=True))
+    assert outcome_of(result_of(point, averaged_metrics=measured)).metrics == measured
+    assert outcome_of(result_of(point)).metrics == dict.fromkeys(NAMES, 2.0)  # of a sweep begun before it was kept
+
+
 def test_thresholds_out_of_reach_are_told_apart_from_a_failure():
     found = outcome_of({"label": "a", "status": "stopped", "stopped_by": "infeasible", "constraints": []})
     assert found == Outcome.beyond("a") == Outcome.from_json(found.to_json()) and found.out_of_reach

@@ -254,8 +254,9 @@ def test_the_trace_has_one_row_a_dual_step(calm, name):
         assert all(math.isfinite(v) for v in row["metrics"]) and row["grad_norm"] > 0 and row["objective_stderr"] > 0
         assert row["violations"] == [m - t for m, t in zip(row["metrics"], row["thresholds"], strict=True)]
     assert result["multipliers"] == dict(zip(names, rows[-1]["multipliers"], strict=True))
-    late = np.mean([row["multipliers"] for row in rows[-2:]], axis=0)  # the last third
-    assert list(result["averaged_multipliers"].values()) == pytest.approx(late.tolist())
+    for key in ("multipliers", "metrics"):
+        late = np.mean([row[key] for row in rows[-2:]], axis=0)  # the last third
+        assert list(result[f"averaged_{key}"].values()) == pytest.approx(late.tolist())
     assert any(any(row["multipliers"]) for row in rows)  # the multipliers did move
 
 

@@ -229,6 +229,8 @@ def test_a_tight_certificate_ends_a_trial_and_it_is_evaluated(runs):
     # Averaged over the dual steps that proposed it, not over a third of so short a run.
     column = [row["multipliers"][0] for row in dual.trace("tight")]
     assert result["averaged_multipliers"]["component_1"] == pytest.approx(sum(column) / 16)
+    column = [row["metrics"][0] for row in dual.trace("tight")]
+    assert result["averaged_metrics"]["component_1"] == pytest.approx(sum(column) / 16)
     assert (runs.folder / "trials" / "tight" / "model").is_dir()
 
 
