@@ -16,8 +16,8 @@ frontier whose certificates, on fresh draws, hold in both arms. `step_fraction` 
 
     python benchmarks/frontier.py [--data mixture digits mnist] [--seeds 3] [--first-seed 0] [--mnist ../shared/data]
 
-Evaluation included, on two free cores and for each seed: about 3 minutes the mixture, 20 the digits, 80 MNIST (estimated from
-the time of a step); every further course adds a third. Images are quicker with `--seeds 1 --points 8`. A course is tuned by
+Evaluation included, one seed of the warm arm and one cold takes about 2 minutes of one core for the mixture and 30 for digits (with
+`--samples 3000`), and hours for MNIST. Images are quicker with `--seeds 1 --points 8`. A course is tuned by
 naming several, `--courses 1:200 1:400 0.5:200`: the best of them counts.
 """
 
