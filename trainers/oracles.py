@@ -198,6 +198,8 @@ def _maximise(
             if not np.isfinite(candidate).all():
                 continue
             multipliers = domain.project(candidate)
+            # A projection's rounding is no multiplier: what is not 0 counts as an active constraint.
+            multipliers[multipliers < 4 * np.finfo(np.float64).eps * multipliers.max()] = 0.0
             residual = float(np.abs(step(multipliers)).max())
             if residual < best[1] and not formulation.outside(multipliers):
                 best = multipliers, residual
